@@ -1,0 +1,5 @@
+"""``python -m veneer``."""
+
+from veneer.cli.main import main
+
+main()

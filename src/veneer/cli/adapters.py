@@ -1,0 +1,100 @@
+"""``veneer adapters``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from veneer.cli.output import emit, format_rate, json_option, print_table
+
+
+@click.group("adapters", short_help="List, show, export and import adapters.")
+def command() -> None:
+    """Adapters in $VENEER_HOME/adapters: PEFT folders with a manifest."""
+
+
+@command.command("list")
+@json_option
+def list_adapters(as_json: bool) -> None:
+    """List every version of every adapter."""
+    from veneer.store.registry import Registry
+
+    registry = Registry()
+    documents = [_document(f"{name}@{version}") for name in registry.names() for version in registry.versions(name)]
+
+    def human() -> None:
+        rows = [
+            (
+                d["reference"],
+                d["base_id"],
+                d["lora"]["rank"] if d["lora"] else "full",
+                d["digest"][:12],
+                format_rate(d["scores"]["reward_after"]) if "reward_after" in d["scores"] else "-",
+            )
+            for d in documents
+        ]
+        print_table(("adapter", "base", "rank", "digest", "score"), rows, "no adapters yet; start with: veneer quickstart")
+
+    emit(documents, as_json, human)
+
+
+def _document(reference: str) -> dict[str, Any]:
+    from veneer.store.adapters import read_adapter
+    from veneer.store.registry import Registry
+
+    folder = Registry().find(reference)
+    checkpoint, manifest = read_adapter(folder)
+    sizes = {"parameters": sum(a.size for a in checkpoint.weights.values()), "bytes": sum(a.nbytes for a in checkpoint.weights.values())}
+    return {"reference": reference, "folder": str(folder), **sizes, **manifest, "scores": manifest.get("scores") or {}}
+
+
+@command.command("show")
+@click.argument("adapter")
+@json_option
+def show(adapter: str, as_json: bool) -> None:
+    """Show an adapter's manifest, after checking its weights against their digest."""
+    document = _document(adapter)
+
+    def human() -> None:
+        for key, value in document.items():
+            print(f"{key:<18} {value}")
+
+    emit(document, as_json, human)
+
+
+@command.command("export")
+@click.argument("adapter")
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+def export(adapter: str, folder: Path, as_json: bool) -> None:
+    """Copy ADAPTER to FOLDER, which stock PEFT and vLLM load."""
+    from veneer.store.registry import Registry
+
+    Registry().export(adapter, folder)
+    emit({"adapter": adapter, "folder": str(folder)}, as_json, lambda: print(f"{adapter} -> {folder}"))
+
+
+@command.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="Its name in the registry.")
+@click.option("--base", default="nano", show_default=True, help="The base that it was made for.")
+@json_option
+def import_(folder: Path, name: str, base: str, as_json: bool) -> None:
+    """Import a PEFT LoRA FOLDER. What cannot be represented exactly is refused by name."""
+    from veneer.cli.assemble import start
+    from veneer.store.adapters import MANIFEST, read_adapter, read_peft
+    from veneer.store.registry import Registry, check_name
+
+    check_name(name)
+    machine = start(base, threads=1)
+    if (folder / MANIFEST).is_file():
+        checkpoint = machine.read(str(folder.resolve()))
+        facts = {k: v for k, v in read_adapter(folder)[1].items() if k in ("env", "seed", "parent", "scores")}
+    else:
+        checkpoint, facts = read_peft(folder, name, machine.engine.base_id, machine.engine.base_digest), {}
+    machine.engine.load_state(name, checkpoint).result()
+    digests = {"tokenizer_digest": machine.renderer.tokenizer_digest, "template_digest": machine.renderer.template_digest}
+    version = Registry().put(name, checkpoint, {**facts, **digests, "imported_from": folder.name})
+    emit({"adapter": f"{name}@{version}", "digest": checkpoint.adapter.digest}, as_json, lambda: print(f"{folder} -> {name}@{version}"))

@@ -1,0 +1,122 @@
+"""From a configuration to a running engine: the one place where base, renderer, engine, store and loop meet."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
+from veneer.envs import load_env
+from veneer.render import Renderer, load_renderer
+from veneer.store.adapters import read_adapter
+from veneer.store.files import veneer_home
+from veneer.store.registry import Registry
+from veneer.store.run import REPORT, SUMMARY, Run
+from veneer.train import rl, sft
+from veneer.train.config import RunConfig
+from veneer.train.report import render_report
+from veneer.train.session import Session, stop_signals
+from veneer.types import AdapterError, Checkpoint, EnvDataset
+
+
+@dataclass
+class Machine:
+    """A base in memory with what reads and writes its tokens."""
+
+    engine: LocalEngine
+    renderer: Renderer
+
+    def load(self, reference: str) -> str:
+        """Load an adapter from the registry or a folder, after checking that it was made for this base. Returns its name here.
+
+        Raises:
+            AdapterError: it is missing, damaged, or made for another base, tokenizer or template.
+        """
+        checkpoint = self.read(reference)
+        name = checkpoint.adapter.name
+        self.engine.load_state(name, checkpoint).result()
+        return name
+
+    def read(self, reference: str) -> Checkpoint:
+        checkpoint, manifest = read_adapter(Registry().find(reference))
+        for key, mine in (("tokenizer_digest", self.renderer.tokenizer_digest), ("template_digest", self.renderer.template_digest)):
+            if manifest.get(key) not in (None, mine):
+                what = key.removesuffix("_digest").replace("template", "chat template")
+                raise AdapterError(f"adapter {reference!r} was made with another {what} ({manifest[key][:12]}; this base has {mine[:12]})")
+        if checkpoint.adapter.base_digest != self.engine.base_digest:
+            raise AdapterError(
+                f"adapter {reference!r} was made for base {checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]}); "
+                f"this one is {self.engine.base_id!r} ({self.engine.base_digest[:12]})"
+            )
+        return checkpoint
+
+
+def start(base: str, threads: int, weights: str = "lora") -> Machine:
+    """Load a base."""
+    set_threads(threads)
+    loaded = load_base(base)
+    return Machine(LoraEngine(loaded) if weights == "lora" else FullEngine(loaded), load_renderer(base))
+
+
+def run_folder(config: RunConfig) -> Path:
+    return Path(config.folder) if config.folder else veneer_home() / "runs" / config.name
+
+
+def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> tuple[dict[str, Any], Machine, Run]:
+    """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary."""
+    started = time.perf_counter()
+    dataset = load_env(config.env.name, config.env.args) if config.kind == "rl" else None
+    run = Run(run_folder(config), config.to_toml())
+    try:
+        machine = start(config.base, config.threads, config.weights)
+        init = machine.read(config.init) if config.init else None
+        session = Session(machine.engine, machine.renderer, config, run, init, on_step)
+        with stop_signals(session.stop):
+            summary = asyncio.run(_loop(session, dataset))
+        checkpoint = machine.engine.save_state(session.adapter, "sampler").result()
+        scores = {key: summary[key] for key in ("reward_before", "reward_after") if key in summary}
+        version = Registry().put(session.adapter, checkpoint, dict(session.facts(scores=scores)))
+        summary |= {
+            "run_folder": str(run.folder),
+            "adapter": f"{session.adapter}@{version}",
+            "adapter_digest": checkpoint.adapter.digest,
+            "adapter_bytes": sum(array.nbytes for array in checkpoint.weights.values()),
+            "trainable_parameters": session.trainable,
+            "base": machine.engine.base_id,
+            "base_digest_before": machine.engine.base_digest,
+            "base_digest_after": machine.engine.measure_base_digest(),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        run.write(SUMMARY, json.dumps(summary, indent=1) + "\n")
+        run.write(REPORT, render_report(f"Veneer run {config.name}", summary, run.metrics(), config.to_toml()))
+        return summary, machine, run
+    finally:
+        run.close()
+
+
+async def _loop(session: Session, dataset: EnvDataset | None) -> dict[str, Any]:
+    if dataset is None:
+        result = await sft.train(session)
+        losses = [m["eval/mean_nll"] for m in session.run.metrics() if "eval/mean_nll" in m]
+        around = {"nll_before": losses[0], "nll_after": losses[-1]} if losses else {}
+        return {"kind": "sft", **dataclasses.asdict(result), **around}
+    result = await rl.train(session, dataset)
+    evaluations = [m for m in session.run.metrics() if "eval/solved" in m]
+    summary: dict[str, Any] = {"kind": "rl", "env": dataset.name, **dataclasses.asdict(result)}
+    for name, metrics in (("before", evaluations[0]), ("after", evaluations[-1])):
+        summary[f"reward_{name}"] = {
+            "value": metrics["eval/solved"],
+            "low": metrics["eval/solved_low"],
+            "high": metrics["eval/solved_high"],
+            "trials": metrics["eval/problems"],
+        }
+        for share in ("stepwise", "self_corrected", "thought", "called"):
+            if f"eval/{share}" in metrics:
+                summary[f"{share}_{name}"] = metrics[f"eval/{share}"]
+    return summary

@@ -1,0 +1,56 @@
+"""``veneer VERB``: finds the verb, runs it, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import click
+
+from veneer.types import VeneerError
+
+VERBS = ("quickstart", "train", "eval", "sample", "runs", "adapters")
+
+
+class LazyGroup(click.Group):
+    """Imports a verb's module when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        return importlib.import_module(f"veneer.cli.{cmd_name}").command
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="veneer")
+def veneer() -> None:
+    """Reinforcement learning with thin adapters on one frozen base."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed on the way, 2 the request was wrong, 130 interrupted."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        result = veneer.main(arguments, standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2, arguments)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130, arguments)
+    except VeneerError as error:
+        _fail(str(error), error.exit_code, arguments)
+    except MemoryError:
+        _fail("out of memory; lower rl.groups_per_batch or rl.group_size", 1, arguments)
+
+
+def _fail(message: str, code: int, arguments: list[str]) -> Any:
+    line = " ".join(message.split())
+    print(f"veneer: {line}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"error": line, "exit_code": code}))
+    sys.exit(code)

@@ -1,0 +1,20 @@
+"""The content digest of an adapter: one definition for the engine that computes it and the store that checks it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def digest_arrays(named: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256, in hex, over name, dtype, shape and little-endian bytes of each array, in name order."""
+    sha = hashlib.sha256()
+    for name in sorted(named):
+        array = np.ascontiguousarray(named[name])
+        sha.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,304 @@
+"""The engine: one frozen base, many adapters, a queue, and a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from veneer.digest import digest_arrays
+from veneer.engine.base import Base
+from veneer.engine.full import FullStack
+from veneer.engine.lora import LoraStack, Segment
+from veneer.engine.losses import resolve_loss
+from veneer.engine.queue import EngineFuture, Request, plan
+from veneer.engine.sampler import Completion, SampleRequest, sample_all
+from veneer.engine.trainer import PassRequest, run_passes
+from veneer.types import (
+    AdamParams,
+    Adapter,
+    AdapterError,
+    AttestationError,
+    Checkpoint,
+    DataError,
+    Datum,
+    Floats,
+    ForwardBackwardOutput,
+    LoraConfig,
+    LossName,
+    RequestError,
+    RunError,
+    Sample,
+    SamplingParams,
+    Tokens,
+)
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Slot:
+    """What the engine knows about an adapter beside its tensors."""
+
+    slot: int
+    config: LoraConfig | None
+    published: Adapter
+    digests: dict[int, str] = field(default_factory=dict)
+    """version -> digest of everything that was ever published under this name."""
+    pending_tokens: float = 0.0
+    """Tokens whose gradient waits for the next optimizer step."""
+
+
+class LocalEngine:
+    """The Engine protocol in this process. ``stack`` decides what an adapter is: low-rank updates or a full copy."""
+
+    def __init__(self, base: Base, stack: LoraStack | FullStack) -> None:
+        self.base, self._stack = base, stack
+        self._slots: dict[str, _Slot] = {}
+        self._queue: list[Request] = []
+
+    @property
+    def base_id(self) -> str:
+        return self.base.base_id
+
+    @property
+    def base_digest(self) -> str:
+        return self.base.digest
+
+    @property
+    def context_length(self) -> int:
+        return self.base.context_length
+
+    def measure_base_digest(self) -> str:
+        return self.base.measure_digest()
+
+    # ------------------------------------------------ adapters
+
+    def create_adapter(self, name: str, config: LoraConfig | None) -> int:
+        if name in self._slots:
+            raise AdapterError(f"there is an adapter {name!r} already")
+        slot = self._stack.create(config)
+        self._slots[name] = _Slot(slot, config, self._describe(name, slot))
+        self._slots[name].digests[0] = self._slots[name].published.digest
+        count = self._stack.trainable_parameters(slot)
+        if count == 0:
+            raise AdapterError(f"adapter {name!r} has no trainable parameters")
+        return count
+
+    def remove_adapter(self, name: str) -> None:
+        self._stack.remove(self._slot(name).slot)
+        del self._slots[name]
+
+    def _slot(self, name: str) -> _Slot:
+        if name not in self._slots:
+            raise AdapterError(f"there is no adapter {name!r}; loaded are: {', '.join(self._slots) or 'none'}")
+        return self._slots[name]
+
+    def _describe(self, name: str, slot: int) -> Adapter:
+        digest = digest_arrays(self._arrays(slot, self._stack.rows.training))
+        return Adapter(name, self._stack.rows.steps[slot], digest, self.base_id, self.base_digest)
+
+    # ------------------------------------------------ passes
+
+    def sample(
+        self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
+    ) -> EngineFuture[list[Sample]]:
+        self._check_prompt(prompt, params, n)
+        slot = None if adapter is None else self._slot(adapter).slot
+        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), slot, params, n, prompt_logprobs)
+        return self._enqueue(Request(adapter, EngineFuture(self.step), sample=request))
+
+    def forward(
+        self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+    ) -> EngineFuture[ForwardBackwardOutput]:
+        slot = None if adapter is None else self._slot(adapter).slot
+        return self._enqueue_pass(adapter, PassRequest(slot, data, loss_fn, dict(loss_config or {}), backward=False))
+
+    def forward_backward(
+        self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+    ) -> EngineFuture[ForwardBackwardOutput]:
+        slot = self._slot(adapter)
+        for datum in data:
+            if datum.adapter is not None:
+                self._check_provenance(slot, adapter, datum.adapter)
+        return self._enqueue_pass(adapter, PassRequest(slot.slot, data, loss_fn, dict(loss_config or {}), backward=True))
+
+    def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
+        resolve_loss(request.loss_fn, request.loss_config)
+        for i, datum in enumerate(request.data):
+            if len(datum.tokens) > self.context_length:
+                raise DataError(f"datum {i} has {len(datum.tokens)} tokens; the base's context is {self.context_length}")
+            for name in ("tokens", "targets"):
+                array = getattr(datum, name)
+                if array.min() < 0 or array.max() >= self.base.vocab_size:
+                    raise DataError(f"datum {i}: {name} must be from 0 to {self.base.vocab_size - 1}")
+        return self._enqueue(Request(adapter, EngineFuture(self.step), train=request))
+
+    def _check_prompt(self, prompt: Tokens, params: SamplingParams, n: int) -> None:
+        if not 0 < len(prompt) < self.context_length:
+            raise DataError(f"the prompt has {len(prompt)} tokens; it must have from 1 to {self.context_length - 1}, the base's context less one")
+        if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
+            raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
+        if n < 1 or params.max_tokens < 0:
+            raise RequestError("n must be at least 1 and max_tokens at least 0")
+        if params.temperature < 0 or params.top_k < 0 or not 0 < params.top_p <= 1:
+            raise RequestError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1")
+
+    def _check_provenance(self, slot: _Slot, name: str, sampled: Adapter) -> None:
+        """A batch may only be trained by the adapter that sampled it, in a version that this engine published."""
+        promised = slot.digests.get(sampled.version)
+        if sampled.name != name or sampled.base_digest != self.base_digest or promised != sampled.digest:
+            raise AttestationError(
+                f"these samples come from adapter {sampled.name!r} version {sampled.version} ({sampled.digest[:12]}) on base "
+                f"{sampled.base_digest[:12]}; {name!r} published {(promised or 'no such version')[:15]} on base {self.base_digest[:12]}"
+            )
+
+    # ------------------------------------------------ barriers
+
+    def optim_step(self, adapter: str, params: AdamParams) -> EngineFuture[dict[str, float]]:
+        if params.learning_rate < 0:
+            raise RequestError("the learning rate must not be negative")
+        return self._enqueue_barrier(adapter, lambda: self._optim_step(self._slot(adapter), params))
+
+    def _optim_step(self, slot: _Slot, params: AdamParams) -> dict[str, float]:
+        if slot.pending_tokens == 0:
+            raise RunError("optim_step without a gradient: no forward_backward since the last step")
+        slot.pending_tokens = 0
+        norm = self._stack.rows.adam(slot.slot, params)
+        return {"grad_norm": norm, "version": float(self._stack.rows.steps[slot.slot])}
+
+    def publish(self, adapter: str) -> EngineFuture[Adapter]:
+        return self._enqueue_barrier(adapter, lambda: self._publish(adapter))
+
+    def _publish(self, name: str) -> Adapter:
+        slot = self._slot(name)
+        self._stack.rows.publish(slot.slot)
+        slot.published = self._describe(name, slot.slot)
+        slot.digests[slot.published.version] = slot.published.digest
+        return slot.published
+
+    def save_state(self, adapter: str, kind: Literal["training", "sampler"] = "training") -> EngineFuture[Checkpoint]:
+        return self._enqueue_barrier(adapter, lambda: self._save_state(adapter, kind))
+
+    def _save_state(self, name: str, kind: Literal["training", "sampler"]) -> Checkpoint:
+        slot, rows = self._slot(name), self._stack.rows
+        optimizer: dict[str, np.ndarray] = {}
+        if kind == "training":
+            optimizer = {f"m.{key}": array for key, array in self._arrays(slot.slot, rows.m).items()}
+            optimizer |= {f"v.{key}": array for key, array in self._arrays(slot.slot, rows.v).items()}
+            optimizer["step"] = np.array(rows.steps[slot.slot])
+        return Checkpoint(kind, self._describe(name, slot.slot), slot.config, self._arrays(slot.slot, rows.training), optimizer)
+
+    def _arrays(self, slot: int, stacked: torch.Tensor) -> dict[str, np.ndarray]:
+        return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, stacked).items()}
+
+    def load_state(self, adapter: str, checkpoint: Checkpoint) -> EngineFuture[None]:
+        return self._enqueue_barrier(adapter, lambda: self._load_state(adapter, checkpoint))
+
+    def _load_state(self, name: str, checkpoint: Checkpoint) -> None:
+        if checkpoint.adapter.base_digest != self.base_digest:
+            raise AdapterError(
+                f"adapter {checkpoint.adapter.name!r} was made for base {checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]}); "
+                f"this one is {self.base_id!r} ({self.base_digest[:12]})"
+            )
+        slot = self._stack.create(checkpoint.config)
+        try:
+            self._fill(slot, checkpoint)
+        except AdapterError:
+            self._stack.remove(slot)
+            raise
+        if name in self._slots:
+            self.remove_adapter(name)
+        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter)
+        self._publish(name)
+
+    def _fill(self, slot: int, checkpoint: Checkpoint) -> None:
+        rows = self._stack.rows
+        parts = [(rows.training, "", checkpoint.weights)]
+        if checkpoint.kind == "training":
+            parts += [(rows.m, "m.", checkpoint.optimizer), (rows.v, "v.", checkpoint.optimizer)]
+        rows.steps[slot] = int(checkpoint.optimizer["step"]) if checkpoint.kind == "training" else checkpoint.adapter.version
+        for stacked, prefix, arrays in parts:
+            named = self._stack.named(slot, stacked)
+            for key, tensor in named.items():
+                array = arrays.get(prefix + key)
+                if array is None or array.shape != tuple(tensor.shape):
+                    found = "missing" if array is None else f"of shape {array.shape}"
+                    raise AdapterError(f"checkpoint of {checkpoint.adapter.name!r}: {prefix + key} is {found}, wanted {tuple(tensor.shape)}")
+                tensor.copy_(torch.from_numpy(np.asarray(array, np.float32)))
+            if prefix == "" and (extra := set(arrays) - set(named)):
+                raise AdapterError(f"checkpoint of {checkpoint.adapter.name!r} has weights that its config does not name: {sorted(extra)[0]}")
+
+    # ------------------------------------------------ the queue
+
+    def _enqueue(self, request: Request) -> EngineFuture[Any]:
+        self._queue.append(request)
+        return request.future
+
+    def _enqueue_barrier(self, adapter: str, run: Callable[[], Any]) -> EngineFuture[Any]:
+        return self._enqueue(Request(adapter, EngineFuture(self.step), barrier=run))
+
+    def step(self) -> int:
+        now, self._queue = plan(self._queue)
+        for request in now:
+            if request.barrier is not None:
+                _answer(request.future, request.barrier)
+        self._run_samples([r for r in now if r.sample is not None])
+        self._run_passes([r for r in now if r.train is not None])
+        return len(now)
+
+    def _run_samples(self, requests: list[Request]) -> None:
+        if not requests:
+            return
+        try:
+            groups = sample_all(self.base, self._stack, [r.sample for r in requests if r.sample is not None])
+            for request, group in zip(requests, groups, strict=True):
+                scores = self._score_prompt(request.sample) if request.sample and request.sample.prompt_logprobs else None
+                published = None if request.adapter is None else self._slot(request.adapter).published
+                request.future.set_result([self._to_sample(row, published, scores) for row in group])
+        except Exception as error:
+            _fail(requests, error)
+
+    def _to_sample(self, row: Completion, published: Adapter | None, prompt_logprobs: Floats | None) -> Sample:
+        tokens, logprobs = np.array(row.tokens, np.int64), np.array(row.logprobs, np.float32)
+        reason: Literal["stop", "length"] = "stop" if row.stop_reason == "stop" else "length"
+        return Sample(tokens, logprobs, reason, self.base_id, published, prompt_logprobs)
+
+    @torch.no_grad()
+    def _score_prompt(self, request: SampleRequest) -> Floats:
+        """[len(prompt)] log-probabilities of the prompt's own tokens at temperature 1; NaN for the first."""
+        tokens = torch.from_numpy(request.prompt).to(self.base.device)[None]
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        logits = self._stack.call([Segment(request.slot, 1)], train=False, selected=everywhere, input_ids=tokens)
+        scores = logits[:-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        return np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
+
+    def _run_passes(self, requests: list[Request]) -> None:
+        if not requests:
+            return
+        passes = [r.train for r in requests if r.train is not None]
+        try:
+            outputs = run_passes(self.base, self._stack, passes)
+        except Exception as error:
+            _fail(requests, error)
+            return
+        for request, output in zip(requests, outputs, strict=True):
+            if request.adapter is not None and request.train is not None and request.train.backward:
+                self._slot(request.adapter).pending_tokens += output.metrics["tokens:sum"]
+            request.future.set_result(output)
+
+
+def _answer(future: EngineFuture[T], run: Callable[[], T]) -> None:
+    try:
+        future.set_result(run())
+    except Exception as error:
+        future.set_error(error)
+
+
+def _fail(requests: list[Request], error: Exception) -> None:
+    for request in requests:
+        if not request.future.done():
+            request.future.set_error(error)

@@ -1,0 +1,70 @@
+"""Problems as data: what the one-question environments share."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.types import Env, Message, Observation, Split, StepResult
+
+Grader = Callable[[Message, str], dict[str, float]]
+"""(action, gold answer) -> metrics; ``correct`` is the reward."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str
+    answer: str
+
+
+def held_out(prompt: str) -> bool:
+    """Whether a problem belongs to the eval split: one in eight, by its text alone, so that no seed can mix the splits."""
+    return zlib.crc32(prompt.encode()) % 8 == 0
+
+
+def draw(generate: Callable[[random.Random], Problem], split: Split, index: int, salt: str) -> Problem:
+    """The index-th problem of a split. ``salt`` keeps the streams of different datasets and seeds apart."""
+    rng = random.Random(f"{salt}/{split}/{index}")
+    while True:
+        problem = generate(rng)
+        if held_out(problem.prompt) == (split == "eval"):
+            return problem
+
+
+def final_answer(action: Message) -> str:
+    """What stands after the thinking."""
+    return action["content"].strip()
+
+
+def exact_match(action: Message, answer: str) -> dict[str, float]:
+    return {"correct": float(final_answer(action) == answer), "thought": float(bool(action.get("reasoning_content")))}
+
+
+class QuestionEnv:
+    """Asks once and grades the answer."""
+
+    def __init__(self, problem: Problem, grade: Grader, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.problem, self.grade, self.tools = problem, grade, tools
+
+    async def initial_observation(self) -> Observation:
+        return Observation([{"role": "user", "content": self.problem.prompt}], self.tools)
+
+    async def step(self, action: Message) -> StepResult:
+        metrics = self.grade(action, self.problem.answer)
+        return StepResult(metrics["correct"], episode_done=True, metrics=metrics)
+
+
+@dataclass(frozen=True)
+class QuestionDataset:
+    """Problems from a generator, each a ``QuestionEnv``."""
+
+    name: str
+    generate: Callable[[random.Random], Problem]
+    grade: Grader = exact_match
+    seed: int = 0
+
+    def env(self, split: Split, index: int) -> Env:
+        return QuestionEnv(draw(self.generate, split, index, f"{self.name}/{self.seed}"), self.grade)

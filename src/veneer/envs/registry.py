@@ -1,0 +1,59 @@
+"""Names of environments, and how to load one from a user's file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.envs.arithmetic import arithmetic
+from veneer.envs.calculator import calculator
+from veneer.envs.digits import count, reverse, sort
+from veneer.types import ConfigError, EnvDataset
+
+Factory = Callable[..., EnvDataset]
+
+ENVIRONMENTS: dict[str, Factory] = {
+    "arithmetic": arithmetic,
+    "sort": sort,
+    "reverse": reverse,
+    "count": count,
+    "calculator": calculator,
+}
+
+
+def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
+    """A dataset of problems by name, or ``path/to/file.py:factory`` for one of the user's own.
+
+    Raises:
+        ConfigError: no such environment, file or argument.
+    """
+    factory = _from_file(name) if ".py:" in name else ENVIRONMENTS.get(name)
+    if factory is None:
+        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ENVIRONMENTS)}, or FILE.py:FACTORY"
+        raise ConfigError(f"env.name: no environment {name!r}; {hint}")
+    try:
+        inspect.signature(factory).bind(**(args or {}))
+    except TypeError as error:
+        raise ConfigError(f"env.args: {error}; {name} takes {inspect.signature(factory)}") from error
+    return factory(**(args or {}))
+
+
+def _from_file(name: str) -> Factory:
+    path, _, attribute = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"env.name: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(f"env.name: {path} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, attribute, None)):
+        raise ConfigError(f"env.name: {path} has no function {attribute!r}")
+    return getattr(module, attribute)

@@ -1,0 +1,1 @@
+"""Measures: pure functions over rewards, run records and adapters."""

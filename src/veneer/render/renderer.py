@@ -1,0 +1,121 @@
+"""A renderer over the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from veneer.assets import resolve_base
+from veneer.types import BaseError, DataError, Message, ToolCall, Tokens
+
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+"""For a base without a chat template: the contents, a line each, for the model to go on from."""
+
+_MARK = "\x02answer\x03"
+_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class Renderer:
+    """Renders with the template of one tokenizer and parses what Qwen3 and its kin answer: thinking, tool calls, content."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.template: str = tokenizer.chat_template or PLAIN_TEMPLATE
+        self.template_digest = hashlib.sha256(self.template.encode()).hexdigest()
+        self.tokenizer_digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generate: bool) -> str:
+        text = self.tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=[dict(t) for t in tools] or None,
+            chat_template=self.template,
+            add_generation_prompt=generate,
+            tokenize=False,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+
+    def decode(self, tokens: Tokens) -> str:
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+    def build_generation_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Tokens:
+        """Token ids of the conversation up to where the assistant speaks next."""
+        return self.encode(self._text(messages, tools, generate=True))
+
+    def extend(self, prompt: Tokens, sampled: Tokens, messages: Sequence[Message]) -> Tokens:
+        """The next turn's prompt: every token that the model saw and wrote, as it was, then ``messages`` and the generation prompt.
+
+        History is never tokenised again, so the sampler's log-probabilities stay those of the row that is trained.
+
+        Raises:
+            DataError: the template cannot continue a conversation behind an assistant turn.
+        """
+        text = self._text([{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}, *messages], (), generate=True)
+        head, found, tail = text.rpartition(_MARK)
+        if not found:
+            raise DataError("the chat template does not show an assistant's content, so a turn cannot be continued")
+        del head
+        rest = self.encode(tail)
+        if len(rest) and len(sampled) and rest[0] == sampled[-1]:
+            rest = rest[1:]  # the end-of-turn token was sampled
+        return np.concatenate([prompt, sampled, rest])
+
+    def build_supervised_example(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[Tokens, Tokens]:
+        """Prompt and answer tokens of a conversation that ends with the assistant; the answer ends with its end-of-turn token.
+
+        Raises:
+            DataError: it does not end with the assistant, or the template writes the past anew.
+        """
+        if not messages or messages[-1]["role"] != "assistant":
+            raise DataError("the last message must be the assistant's")
+        prompt, whole = self._text(messages[:-1], tools, generate=True), self._text(messages, tools, generate=False)
+        if not whole.startswith(prompt):
+            raise DataError("the chat template renders this prompt otherwise once it is answered")
+        return self.encode(prompt), self.encode(whole[len(prompt) :].rstrip("\n"))
+
+    def parse_response(self, sampled: Tokens, stopped: bool) -> Message:
+        """The assistant message in a completion. ``stopped``: the last token ended the turn and is no part of the content.
+        Thinking that never closes leaves an empty content; a tool call that is not valid JSON stays text."""
+        text = self.decode(sampled[:-1] if stopped else sampled)
+        message: Message = {"role": "assistant", "content": text}
+        if "<think>" in text or "</think>" in text:
+            thinking, closed, content = text.partition("</think>")
+            message["reasoning_content"] = thinking.removeprefix("<think>").strip("\n")
+            message["content"] = content.lstrip("\n") if closed else ""
+        calls = [call for body in _TOOL_CALL.findall(message["content"]) if (call := _parse_call(body)) is not None]
+        if calls:
+            message["tool_calls"] = calls
+            message["content"] = _TOOL_CALL.sub("", message["content"]).strip("\n")
+        return message
+
+
+def _parse_call(body: str) -> ToolCall | None:
+    try:
+        call = json.loads(body)
+    except ValueError:
+        return None
+    if not (isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)):
+        return None
+    return {"name": call["name"], "arguments": call["arguments"]}
+
+
+def load_renderer(base: str) -> Renderer:
+    """The renderer of a base, by hub name, folder or ``nano``.
+
+    Raises:
+        BaseError: the tokenizer cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(base), trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers, json and the hub each raise their own
+        raise BaseError(f"tokenizer of base {base!r} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from error
+    return Renderer(tokenizer)

@@ -1,0 +1,148 @@
+"""Adapters as PEFT folders, checked on the way in and on the way out.
+
+An adapter is ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT and vLLM read, a ``README.md`` card,
+and ``veneer.json`` with what those leave out: digests of weights, base, tokenizer and template, lineage, scores. A training
+checkpoint also holds ``optimizer.safetensors``. A fully fine-tuned copy has ``model.safetensors`` in place of PEFT's two files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from veneer.digest import digest_arrays
+from veneer.store.files import new_folder
+from veneer.types import Adapter, AdapterError, Checkpoint, LoraConfig
+
+PEFT_PREFIX = "base_model.model."
+CONFIG, WEIGHTS, FULL_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
+OPTIMIZER, MANIFEST, CARD = "optimizer.safetensors", "veneer.json", "README.md"
+# What PEFT can express and this engine cannot; each must be absent, empty or false.
+UNSUPPORTED = (
+    *("use_dora", "use_rslora", "use_qalora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"),
+    *("fan_in_fan_out", "target_parameters", "trainable_token_indices", "layer_replication", "exclude_modules", "alora_invocation_tokens"),
+)
+
+
+def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
+    """Write a checkpoint. ``facts`` go into ``veneer.json``: environment, seeds, scores, parent, digests of tokenizer and template."""
+    manifest = {
+        "format": 1,
+        "kind": checkpoint.kind,
+        **dataclasses.asdict(checkpoint.adapter),
+        "lora": None if checkpoint.config is None else dataclasses.asdict(checkpoint.config),
+        **facts,
+    }
+    with new_folder(folder) as aside:
+        if checkpoint.config is None:
+            save_file(dict(checkpoint.weights), aside / FULL_WEIGHTS)
+        else:
+            (aside / CONFIG).write_text(json.dumps(_peft_config(checkpoint), indent=2) + "\n")
+            save_file({PEFT_PREFIX + name: array for name, array in checkpoint.weights.items()}, aside / WEIGHTS)
+        if checkpoint.optimizer:
+            save_file(dict(checkpoint.optimizer), aside / OPTIMIZER)
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (aside / CARD).write_text(_card(manifest))
+
+
+def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """Read what ``write_adapter`` wrote: the checkpoint and the whole manifest.
+
+    Raises:
+        AdapterError: something is missing, damaged, or does not match its digest.
+    """
+    if not (folder / MANIFEST).is_file():
+        hint = "import it first: veneer adapters import" if (folder / CONFIG).is_file() else "there is no veneer.json"
+        raise AdapterError(f"{folder} is no Veneer adapter; {hint}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        adapter = Adapter(*(manifest[f.name] for f in dataclasses.fields(Adapter)))
+        config = None if manifest["lora"] is None else LoraConfig(**_tuples(manifest["lora"]))
+        raw = load_file(folder / (FULL_WEIGHTS if config is None else WEIGHTS))
+        weights = {name.removeprefix(PEFT_PREFIX): array for name, array in raw.items()}
+        optimizer = load_file(folder / OPTIMIZER) if manifest["kind"] == "training" else {}
+    except Exception as error:  # json, safetensors and the file system each raise their own
+        raise AdapterError(f"{folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); use another version or checkpoint") from error
+    if digest_arrays(weights) != adapter.digest:
+        raise AdapterError(f"{folder} is damaged: its weights do not have the digest in {MANIFEST}; use another version or checkpoint")
+    return Checkpoint(manifest["kind"], adapter, config, weights, optimizer), manifest
+
+
+def read_peft(folder: Path, name: str, base_id: str, base_digest: str) -> Checkpoint:
+    """A foreign PEFT LoRA folder as a sampler checkpoint for the given base. Shapes are checked when an engine loads it.
+
+    Raises:
+        AdapterError: the folder is damaged, or asks for something that cannot be represented exactly (named in the message).
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        raw = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise AdapterError(f"{folder} is no readable PEFT folder ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be imported")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise AdapterError(f"{folder}: {key} = {config[key]!r} cannot be represented; only plain LoRA can be imported")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{folder}: bias = {config['bias']!r} cannot be represented; only plain LoRA can be imported")
+    weights = {key.removeprefix(PEFT_PREFIX): np.asarray(array, np.float32) for key, array in raw.items()}
+    odd = [key for key in weights if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if odd:
+        raise AdapterError(f"{folder}: tensor {odd[0]!r} is no LoRA weight")
+    modules = sorted({key.rsplit(".", 2)[0] for key in weights})
+    lora = LoraConfig(rank=config["r"], alpha=float(config["lora_alpha"]), target_modules=tuple(modules))
+    return Checkpoint("sampler", Adapter(name, 0, digest_arrays(weights), base_id, base_digest), lora, weights)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+def _peft_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    assert checkpoint.config is not None
+    modules = sorted({name.rsplit(".", 2)[0] for name in checkpoint.weights})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": checkpoint.adapter.base_id,
+        "revision": None,
+        "r": checkpoint.config.rank,
+        "lora_alpha": checkpoint.config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": modules,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def _card(manifest: Mapping[str, Any]) -> str:
+    lines = [
+        "---",
+        f"base_model: {manifest['base_id']}",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags: [lora, reinforcement-learning, veneer]",
+        "---",
+        f"# {manifest['name']}",
+        "",
+        f"An adapter for `{manifest['base_id']}` (base digest `{manifest['base_digest'][:16]}`), version {manifest['version']}, digest `{manifest['digest'][:16]}`.",
+        "",
+    ]
+    lora, scores = manifest.get("lora"), manifest.get("scores") or {}
+    if lora:
+        lines += [f"Rank {lora['rank']}, alpha {lora['alpha']:g}.", ""]
+    for key in ("env", "seed", "parent"):
+        if manifest.get(key) is not None:
+            lines.append(f"- {key}: {manifest[key]}")
+    for name, rate in scores.items():
+        lines.append(f"- {name}: {rate['value']:.3f} (95% interval {rate['low']:.3f} to {rate['high']:.3f}, {rate['trials']} problems)")
+    return "\n".join(lines) + "\n"

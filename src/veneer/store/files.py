@@ -1,0 +1,75 @@
+"""Where things are kept, and writing that a crash cannot tear."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from veneer.types import StorageError
+
+
+def veneer_home() -> Path:
+    """``$VENEER_HOME``, or ``~/.veneer``."""
+    return Path(os.environ.get("VENEER_HOME") or Path.home() / ".veneer")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Generator[None, None, None]:
+    """Turn the operating system's refusals into one line."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | FileExistsError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space and run the same command again: it goes on from the last checkpoint" if full else "check the path and its permissions"
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Generator[Path, None, None]:
+    """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced."""
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            os.chmod(aside, 0o755)
+            yield aside
+            for path in aside.iterdir():
+                _sync(path)
+            if target.exists():
+                old = aside.with_name(aside.name + ".old")
+                target.rename(old)
+                aside.rename(target)
+                shutil.rmtree(old)
+            else:
+                aside.rename(target)
+            _sync(target.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one go."""
+    with storage_errors(path):
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            aside.write_text(text)
+            _sync(aside)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,147 @@
+"""A run is a folder: config.toml, metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000010/, report.html.
+
+Everything but timings.jsonl is a function of the configuration, so an interrupted run that is started again writes the
+same bytes as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from veneer.store.adapters import read_adapter, write_adapter
+from veneer.store.files import storage_errors, write_text
+from veneer.types import Checkpoint, ConfigError, RunError, TrajectoryGroup
+
+METRICS, TIMINGS, CONFIG, REPORT, SUMMARY = "metrics.jsonl", "timings.jsonl", "config.toml", "report.html", "summary.json"
+
+
+class Run:
+    """One run's folder, held by this process alone."""
+
+    def __init__(self, folder: Path, config_toml: str) -> None:
+        """Open a new folder, or one that the same configuration made.
+
+        Raises:
+            ConfigError: the folder holds a run with other settings.
+            RunError: another process has it open.
+        """
+        self.folder = folder
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except filelock.Timeout as error:
+                raise RunError(f"another process is working on {folder}; wait for it, or give this run another name") from error
+        try:
+            existing = self._read_config()
+            if existing is not None and existing != config_toml:
+                old, new = set(existing.splitlines()), config_toml.splitlines()
+                changed = next((line for line in new if line not in old), "a setting is gone")
+                raise ConfigError(f"{folder} holds a run with other settings (now: {changed}); give this one another name, or delete that folder")
+            if existing is None:
+                write_text(folder / CONFIG, config_toml)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_config(self) -> str | None:
+        path = self.folder / CONFIG
+        return path.read_text() if path.is_file() else None
+
+    def close(self) -> None:
+        self._lock.release()
+
+    # ------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, step: int, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Path:
+        folder = self.folder / "checkpoints" / f"step-{step:06d}"
+        write_adapter(folder, checkpoint, facts)
+        return folder
+
+    def newest_checkpoint(self) -> tuple[int, Checkpoint] | None:
+        """The last step that was saved, and its state."""
+        folders = sorted((self.folder / "checkpoints").glob("step-*"))
+        if not folders:
+            return None
+        return int(folders[-1].name.removeprefix("step-")), read_adapter(folders[-1])[0]
+
+    def rewind(self, step: int) -> None:
+        """Forget whatever was recorded behind the checkpoint at ``step``: it will be made again."""
+        with storage_errors(self.folder):
+            for name in (METRICS, TIMINGS):
+                path = self.folder / name
+                if path.is_file():
+                    lines = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+                    write_text(path, "".join(line + "\n" for line in lines))
+            for path in self.folder.glob("rollouts/step-*.jsonl"):
+                if int(path.stem.removeprefix("step-")) > step:
+                    path.unlink()
+            for path in (*self.folder.glob(".*.old"), *self.folder.glob("checkpoints/.step-*")):
+                shutil.rmtree(path, ignore_errors=True)
+
+    # ------------------------------------------------ records
+
+    def log(self, metrics: Mapping[str, Any], timings: Mapping[str, float]) -> None:
+        """Append a step's metrics, which are reproducible, and its seconds, which are not."""
+        for name, record in ((METRICS, metrics), (TIMINGS, {"step": metrics["step"], **timings})):
+            with storage_errors(self.folder / name), (self.folder / name).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.folder / METRICS
+        return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+
+    def timings(self) -> list[dict[str, float]]:
+        path = self.folder / TIMINGS
+        return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+
+    def save_rollouts(self, step: int, groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None]) -> None:
+        """Every trajectory of a step: tokens, log-probabilities, reward, advantage (null: dropped), error."""
+        lines = [json.dumps(record) for record in _rollout_records(groups_P, advantages_P)]
+        path = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
+        with storage_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, "".join(line + "\n" for line in lines))
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.folder / name, text)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end in a newline: a crash may have torn the last one."""
+    return [line.rstrip("\n") for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _rollout_records(groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None]) -> Iterator[dict[str, Any]]:
+    for group, advantages_G in zip(groups_P, advantages_P, strict=True):
+        finished = iter(advantages_G or ())
+        for member, trajectory in enumerate(group.trajectories_G):
+            dropped = advantages_G is None or trajectory.error is not None
+            yield {
+                "problem": group.index,
+                "member": member,
+                "reward": trajectory.reward,
+                "advantage": None if dropped else next(finished),
+                "error": trajectory.error,
+                "metrics": trajectory.metrics,
+                "turns": [
+                    {
+                        "prompt": t.prompt.tolist(),
+                        "tokens": t.sample.tokens.tolist(),
+                        "logprobs": [round(float(p), 6) for p in t.sample.logprobs],
+                        "stop_reason": t.sample.stop_reason,
+                        "adapter": None if t.sample.adapter is None else f"{t.sample.adapter.name}@{t.sample.adapter.version}",
+                        "digest": None if t.sample.adapter is None else t.sample.adapter.digest,
+                        "action": t.action,
+                        "reward": t.reward,
+                    }
+                    for t in trajectory.transitions
+                ],
+            }

@@ -1,0 +1,193 @@
+"""What a run is told: one TOML file, dotted overrides, and a resolved copy beside the results."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veneer.assets import NANO
+from veneer.types import ConfigError, LoraConfig, LossName
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LoraSettings(Settings):
+    rank: int = Field(8, ge=1)
+    """Width of the adapter; 1 is enough for most reinforcement learning."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank, so a learning rate carries over between ranks."""
+    train_attn: bool = True
+    """Adapt the linear maps of attention."""
+    train_mlp: bool = True
+    """Adapt the linear maps of the MLPs."""
+    train_unembed: bool = False
+    """Adapt the unembedding."""
+    target_modules: tuple[str, ...] = ()
+    """Endings of module names; replaces the three switches."""
+
+
+class EnvSettings(Settings):
+    name: str = "arithmetic"
+    """A built-in environment, or FILE.py:FACTORY."""
+    args: dict[str, Any] = {}
+    """Arguments of the environment."""
+    seconds: float = Field(10.0, gt=0)
+    """An environment call that takes longer fails its rollout."""
+    max_failed_share: float = Field(0.5, ge=0, le=1)
+    """A step in which a larger share of the rollouts failed ends the run."""
+
+
+class RlSettings(Settings):
+    steps: int = Field(80, ge=0)
+    """Optimizer steps."""
+    groups_per_batch: int = Field(8, ge=1)
+    """Problems a step."""
+    group_size: int = Field(8, ge=2)
+    """Episodes of each problem: what advantages are centred over."""
+    max_tokens: int = Field(72, ge=1)
+    """Length limit of one turn."""
+    loss: LossName = "importance_sampling"
+    """importance_sampling, ppo, cispo, dro or gspo."""
+    loss_config: dict[str, float] = {}
+    """Settings of the loss, such as clip_high_threshold."""
+    learning_rate: float = Field(1.5e-3, ge=0)
+    """Constant. About ten times that of full fine-tuning."""
+    grad_clip_norm: float = Field(0.0, ge=0)
+    """0 is off."""
+    max_useless_steps: int = Field(8, ge=1)
+    """Stop after this many steps in a row in which no group had two different rewards."""
+
+
+class SftSettings(Settings):
+    data: str = ""
+    """A jsonl file; each line has "messages", or "prompt" and "completion"."""
+    steps: int = Field(100, ge=0)
+    """Optimizer steps."""
+    batch_size: int = Field(16, ge=1)
+    """Conversations a step."""
+    learning_rate: float = Field(1e-3, ge=0)
+    """Constant."""
+    grad_clip_norm: float = Field(0.0, ge=0)
+    """0 is off."""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the lines, chosen by their text, that is kept for evaluation."""
+
+
+class EvalSettings(Settings):
+    problems: int = Field(256, ge=1)
+    """Held-out problems, one completion each."""
+    every: int = Field(20, ge=1)
+    """Steps between evaluations; there is one before and one after in any case."""
+
+
+class RunConfig(Settings):
+    kind: Literal["rl", "sft"] = "rl"
+    """Which loop."""
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Names the run's folder and the adapter."""
+    folder: str = ""
+    """Where the run is kept; empty: $VENEER_HOME/runs/NAME."""
+    base: str = NANO
+    """A Hugging Face name, a folder, or nano."""
+    weights: Literal["lora", "full"] = "lora"
+    """full trains a copy of all weights, for comparisons."""
+    seed: int = 0
+    """Fixes the adapter's start, the problems and every draw."""
+    threads: int = Field(1, ge=1)
+    """Threads of one matrix product. Results are bit for bit the same only at the same number."""
+    checkpoint_every: int = Field(20, ge=1)
+    """Steps between checkpoints."""
+    init: str = ""
+    """An adapter to start from: NAME, NAME@VERSION or a folder. Empty: a fresh one, equal to the base."""
+    lora: LoraSettings = LoraSettings()
+    env: EnvSettings = EnvSettings()
+    rl: RlSettings = RlSettings()
+    sft: SftSettings = SftSettings()
+    eval: EvalSettings = EvalSettings()
+
+    def lora_config(self) -> LoraConfig | None:
+        """What the engine is to create; None for full fine-tuning."""
+        return None if self.weights == "full" else LoraConfig(**self.lora.model_dump(), seed=self.seed)
+
+    def to_toml(self) -> str:
+        """The resolved configuration, every key written out."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply ``a.b=value`` overrides; a value is TOML, or plain text if it is not.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    values.setdefault("name", path.stem)
+    return make_config(values, overrides)
+
+
+def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Check values and overrides.
+
+    Raises:
+        ConfigError: names the key, what is wrong, and the nearest key if it is unknown.
+    """
+    tree: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: write KEY=VALUE, such as rl.steps=40")
+        *sections, leaf = key.strip().split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
+        node[leaf] = _parse_value(text.strip())
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint in one line."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    known = list(_keys(RunConfig))
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong section
+        near = [key for key in known if key.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    return f"unknown key {path!r}; did you mean {near[0]!r}?" if near else f"unknown key {path!r}; keys are {', '.join(known)}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            keys += _keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

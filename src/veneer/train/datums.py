@@ -1,0 +1,64 @@
+"""Trajectories and conversations to datums. The one-token shift happens here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from veneer.types import Adapter, Datum, Floats, Tokens, Trajectory
+
+
+def trajectory_to_data(trajectory: Trajectory, advantage: float) -> list[Datum]:
+    """One datum per run of turns in which each prompt extends the last; normally one for the whole episode.
+
+    The advantage stands on every sampled token; mask is 1 there and 0 on all that was not sampled.
+    """
+    data: list[Datum] = []
+    row: _Row | None = None
+    for turn in trajectory.transitions:
+        if row is None or row.adapter != turn.sample.adapter or not row.is_prefix_of(turn.prompt):
+            data += [] if row is None else [row.shifted()]
+            row = _Row(turn.sample.adapter)
+        row.add(turn.prompt[row.length :], None, 0.0)
+        row.add(turn.sample.tokens, turn.sample.logprobs, advantage)
+    data += [] if row is None else [row.shifted()]
+    return data
+
+
+def supervised_datum(prompt: Tokens, answer: Tokens) -> Datum:
+    """A datum whose loss is on the answer alone."""
+    row = _Row(None)
+    row.add(prompt, None, 0.0)
+    row.add(answer, np.zeros(len(answer), np.float32), 0.0)
+    return row.shifted()
+
+
+class _Row:
+    """A token row as it grows turn by turn."""
+
+    def __init__(self, adapter: Adapter | None) -> None:
+        self.adapter, self.length = adapter, 0
+        self.tokens: list[Tokens] = []
+        self.logprobs: list[Floats] = []
+        self.advantages: list[Floats] = []
+        self.mask: list[Floats] = []
+
+    def is_prefix_of(self, prompt: Tokens) -> bool:
+        return len(prompt) >= self.length and np.array_equal(prompt[: self.length], np.concatenate(self.tokens))
+
+    def add(self, tokens: Tokens, logprobs: Floats | None, advantage: float) -> None:
+        """``logprobs`` None: these tokens were not sampled."""
+        zeros = np.zeros(len(tokens), np.float32)
+        self.tokens.append(tokens)
+        self.logprobs.append(zeros if logprobs is None else logprobs)
+        self.advantages.append(zeros if logprobs is None else zeros + np.float32(advantage))
+        self.mask.append(zeros if logprobs is None else zeros + np.float32(1))
+        self.length += len(tokens)
+
+    def shifted(self) -> Datum:
+        def joined(parts: Sequence[Floats]) -> Floats:
+            return np.concatenate(parts)[1:]
+
+        tokens = np.concatenate(self.tokens)
+        return Datum(tokens[:-1], tokens[1:], joined(self.logprobs), joined(self.advantages), joined(self.mask), self.adapter)

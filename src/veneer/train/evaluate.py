@@ -1,0 +1,37 @@
+"""Held-out problems, one completion each, with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.measure.intervals import Rate, wilson
+from veneer.train.rollouts import Policy, derive_seed, do_rollouts
+from veneer.types import EnvDataset, Trajectory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``solved`` counts episodes with a reward of 1 or more; a failed episode is not solved."""
+
+    solved: Rate
+    means: dict[str, float]
+    """Mean reward, length in tokens, failures, and every metric of the environment."""
+    trajectories: Sequence[Trajectory]
+
+    def metrics(self) -> dict[str, float]:
+        """Flat, for metrics.jsonl."""
+        rate = {"eval/solved": self.solved.value, "eval/solved_low": self.solved.low, "eval/solved_high": self.solved.high}
+        return rate | {"eval/problems": self.solved.trials} | {f"eval/{name}": value for name, value in self.means.items()}
+
+
+async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int) -> Evaluation:
+    """Play held-out problems 0 to ``problems`` - 1 once each. The same seed draws the same numbers whatever the adapter."""
+    groups = await do_rollouts(policy, dataset, "eval", range(problems), 1, derive_seed("eval", seed))
+    trajectories = [group.trajectories_G[0] for group in groups]
+    names = sorted({name for t in trajectories for name in t.metrics})
+    means = {name: sum(t.metrics.get(name, 0.0) for t in trajectories) / problems for name in names}
+    means["reward"] = sum(t.reward for t in trajectories) / problems
+    means["tokens"] = sum(len(turn.sample.tokens) for t in trajectories for turn in t.transitions) / problems
+    means["failed"] = float(sum(t.error is not None for t in trajectories))
+    return Evaluation(wilson(sum(t.reward >= 1.0 for t in trajectories), problems), means, trajectories)

@@ -1,0 +1,96 @@
+"""report.html: one self-contained page about a run, with pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def render_report(title: str, summary: Mapping[str, Any], metrics: Records, config_toml: str) -> str:
+    """HTML with inline SVG. Only pictures that the run has numbers for are drawn."""
+    figures = [(name, text, _svg(draw, metrics)) for name, text, draw, needs in FIGURES if any(needs in m for m in metrics)]
+    template = jinja2.Template((Path(__file__).parent / "report.html.jinja").read_text(), autoescape=True)
+    return template.render(title=title, summary=summary, figures=figures, config=config_toml)
+
+
+def _svg(draw: Callable[[Axes, Records], None], metrics: Records) -> str:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"svg.hashsalt": "veneer", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
+        draw(axes, metrics)
+        axes.set_xlabel("step")
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+
+
+def _series(metrics: Records, key: str) -> tuple[list[int], list[float]]:
+    chosen = [m for m in metrics if key in m]
+    return [m["step"] for m in chosen], [m[key] for m in chosen]
+
+
+def _reward(axes: Axes, metrics: Records) -> None:
+    axes.plot(*_series(metrics, "reward/total"), color="#9ab", linewidth=1, label="training batches")
+    steps, low = _series(metrics, "eval/solved_low")
+    axes.fill_between(steps, low, _series(metrics, "eval/solved_high")[1], color="#06c", alpha=0.2, linewidth=0)
+    axes.plot(*_series(metrics, "eval/solved"), color="#06c", marker="o", markersize=3, label="held out, 95%")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False)
+
+
+def _entropy(axes: Axes, metrics: Records) -> None:
+    axes.plot(*_series(metrics, "optim/entropy"), color="#06c", linewidth=1)
+    axes.set_ylabel("nats a token")
+    axes.set_ylim(bottom=0)
+
+
+def _groups(axes: Axes, metrics: Records) -> None:
+    steps, mixed = _series(metrics, "by_group/frac_mixed")
+    good, bad = _series(metrics, "by_group/frac_all_good")[1], _series(metrics, "by_group/frac_all_bad")[1]
+    axes.stackplot(steps, mixed, good, bad, labels=["useful", "all solved", "none solved"], colors=["#06c", "#bcd", "#ccc"])
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, loc="lower left")
+
+
+def _bits(axes: Axes, metrics: Records) -> None:
+    steps, bits = _series(metrics, "bits")
+    axes.plot(steps, [sum(bits[: i + 1]) for i in range(len(bits))], color="#06c")
+    axes.set_ylabel("bits so far")
+
+
+def _length(axes: Axes, metrics: Records) -> None:
+    axes.plot(*_series(metrics, "tokens/mean"), color="#06c", linewidth=1)
+    axes.set_ylabel("tokens an episode")
+    axes.set_ylim(bottom=0)
+
+
+def _loss(axes: Axes, metrics: Records) -> None:
+    axes.plot(*_series(metrics, "train_mean_nll"), color="#9ab", linewidth=1, label="training batches")
+    axes.plot(*_series(metrics, "eval/mean_nll"), color="#06c", marker="o", markersize=3, label="held out")
+    axes.set_ylabel("nats a token")
+    axes.legend(frameon=False)
+
+
+FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
+    ("Reward", "Share of episodes with full reward.", _reward, "reward/total"),
+    ("Useful groups", "A group whose members all got the same reward teaches nothing and is dropped.", _groups, "by_group/frac_mixed"),
+    ("Bits received", "Entropy of the rewards in each group: an upper bound on what the run could learn.", _bits, "bits"),
+    ("Entropy", "Of the sampled tokens: how much exploration is left.", _entropy, "optim/entropy"),
+    ("Length", "Tokens that the model wrote in an episode.", _length, "tokens/mean"),
+    ("Loss", "Negative log-likelihood of the answers.", _loss, "train_mean_nll"),
+]
+"""(title, what it shows, how it is drawn, the metric without which it is left out)"""

@@ -1,0 +1,67 @@
+"""Episodes: an environment and a policy take turns until the environment says that it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from veneer.render import Renderer
+from veneer.train.timebox import EnvFailure, checked_reward, in_env
+from veneer.types import DataError, Engine, Env, EnvDataset, SamplingParams, Split, Trajectory, TrajectoryGroup, Transition
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What acts: an engine's adapter (None: the base), how it samples, and how text becomes tokens."""
+
+    engine: Engine
+    renderer: Renderer
+    adapter: str | None
+    params: SamplingParams
+    env_seconds: float = 10.0
+    """An environment call that takes longer fails its rollout."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A 64-bit seed from any printable parts; the same parts always give the same seed."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+
+
+async def do_rollout(policy: Policy, env: Env, seed: int) -> Trajectory:
+    """Play one episode. Every turn's prompt is the last one plus what was sampled plus what the environment answered, as tokens."""
+    turns: list[Transition] = []
+    try:
+        first = await in_env(env.initial_observation(), "initial_observation", policy.env_seconds)
+        prompt = policy.renderer.build_generation_prompt(first.messages, first.tools)
+        if len(prompt) >= policy.engine.context_length:
+            raise DataError(f"a prompt has {len(prompt)} tokens; the base's context is {policy.engine.context_length}")
+        while True:
+            params = replace(policy.params, seed=derive_seed(seed, len(turns)))
+            (sample,) = await policy.engine.sample(prompt, policy.adapter, params)
+            action = policy.renderer.parse_response(sample.tokens, sample.stop_reason == "stop")
+            result = await in_env(env.step(action), "step", policy.env_seconds)
+            reward = checked_reward(result.reward, "step")
+            turns.append(Transition(prompt, sample, action, reward, result.metrics))
+            total = sum(t.reward for t in turns)
+            if result.episode_done or sample.stop_reason == "length":
+                return Trajectory(turns, total, truncated=sample.stop_reason == "length")
+            prompt = policy.renderer.extend(prompt, sample.tokens, result.next_messages)
+            if len(prompt) >= policy.engine.context_length:
+                return Trajectory(turns, total, truncated=True)
+    except EnvFailure as failure:
+        return Trajectory(turns, 0.0, error=str(failure))
+
+
+async def do_group_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: int, size: int, seed: int) -> TrajectoryGroup:
+    """Play one problem ``size`` times, all members at once."""
+    members = [do_rollout(policy, dataset.env(split, index), derive_seed(seed, index, member)) for member in range(size)]
+    return TrajectoryGroup(index, await asyncio.gather(*members))
+
+
+async def do_rollouts(
+    policy: Policy, dataset: EnvDataset, split: Split, indices: Sequence[int], size: int, seed: int
+) -> list[TrajectoryGroup]:
+    """Play several problems at once."""
+    return await asyncio.gather(*(do_group_rollout(policy, dataset, split, i, size, seed) for i in indices))

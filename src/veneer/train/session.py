@@ -1,0 +1,122 @@
+"""What every loop needs around its algorithm: start or resume, stop in good order, check that something was trained."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.render import Renderer
+from veneer.store.run import Run
+from veneer.train.config import RunConfig
+from veneer.types import Adapter, AttestationError, Checkpoint, Engine, RunError
+
+Metrics = dict[str, Any]
+
+
+class Interrupted(RunError):
+    """The user asked to stop; the state is saved."""
+
+    exit_code = 130
+
+
+@dataclass
+class Session:
+    """One run of one adapter on an engine."""
+
+    engine: Engine
+    renderer: Renderer
+    config: RunConfig
+    run: Run
+    init: Checkpoint | None = None
+    on_step: Callable[[Metrics], None] = lambda metrics: None
+    """Told of every line of metrics.jsonl as it is written."""
+    trainable: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def adapter(self) -> str:
+        return self.config.name
+
+    def facts(self, **more: Any) -> Mapping[str, Any]:
+        """What an adapter's manifest says beside its weights."""
+        parent = None if self.init is None else f"{self.init.adapter.name} {self.init.adapter.digest}"
+        return {
+            "tokenizer_digest": self.renderer.tokenizer_digest,
+            "template_digest": self.renderer.template_digest,
+            "env": self.config.env.name if self.config.kind == "rl" else None,
+            "seed": self.config.seed,
+            "parent": parent,
+            "run": self.config.name,
+            **more,
+        }
+
+    async def resume(self) -> int:
+        """Bring the adapter to where the run stands and return the next step: 0 for a new run, 1 behind the first evaluation."""
+        saved = self.run.newest_checkpoint()
+        self.run.rewind(-1 if saved is None else saved[0])
+        self.trainable = self.engine.create_adapter(self.adapter, self.config.lora_config())
+        if saved is not None:
+            await self.engine.load_state(self.adapter, saved[1])
+            return saved[0] + 1
+        if self.init is not None:
+            await self.engine.load_state(self.adapter, self.init)
+        return 0
+
+    async def publish_changed(self, before: Adapter) -> Adapter:
+        """Publish after an optimizer step.
+
+        Raises:
+            AttestationError: the step left every byte of the adapter as it was.
+        """
+        after = await self.engine.publish(self.adapter)
+        if after.digest == before.digest:
+            raise AttestationError(
+                f"the optimizer step to version {after.version} changed nothing: the learning rate is 0, too small for the weights' precision, or no gradient arrived"
+            )
+        return after
+
+    def check_base(self) -> str:
+        """The base's digest as it is in memory now.
+
+        Raises:
+            AttestationError: it is not what was loaded.
+        """
+        now = self.engine.measure_base_digest()
+        if now != self.engine.base_digest:
+            raise AttestationError(f"the base changed: {self.engine.base_digest[:16]} when loaded, {now[:16]} now")
+        return now
+
+    async def record(self, metrics: Metrics, timings: Mapping[str, float], last: bool) -> None:
+        """Log a step, checkpoint if it is time, and stop here if the user asked for it.
+
+        Raises:
+            Interrupted: after the state was saved.
+        """
+        step = metrics["step"]
+        self.run.log(metrics, timings)
+        self.on_step(metrics)
+        if last or step % self.config.checkpoint_every == 0 or self.stop.is_set():
+            self.run.save_checkpoint(step, await self.engine.save_state(self.adapter), self.facts())
+        if self.stop.is_set() and not last:
+            raise Interrupted(f"interrupted after step {step}; the state is saved, the same command goes on from here")
+
+
+@contextmanager
+def stop_signals(stop: threading.Event) -> Generator[None, None, None]:
+    """Ctrl-C and SIGTERM set ``stop``, so that the step at hand is finished; a second one interrupts at once."""
+
+    def handle(signum: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,86 @@
+"""A limit on how long an environment may take, also when it never gives control back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import threading
+from collections.abc import Awaitable, Generator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class EnvFailure(Exception):
+    """An environment raised, hung or returned nonsense. Recorded on its trajectory, never fatal by itself."""
+
+
+class _Guarded(Generic[T]):
+    """Awaits a coroutine with an alarm around every stretch in which it holds the thread."""
+
+    def __init__(self, inner: Awaitable[T], seconds: float) -> None:
+        self.inner, self.seconds = inner, seconds
+
+    def __await__(self) -> Generator[Any, None, T]:
+        steps = self.inner.__await__()
+        while True:
+            with alarm(self.seconds):
+                try:
+                    waiting_for = next(steps)
+                except StopIteration as end:
+                    return end.value
+            yield waiting_for
+
+
+@contextmanager
+def alarm(seconds: float) -> Generator[None, None, None]:
+    """Raise TimeoutError in this thread after ``seconds``. Works where Unix signals do: on the main thread, for Python code."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_signal: int, _frame: object) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # it rings again for code that swallows the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+async def in_env(call: Awaitable[T], what: str, seconds: float) -> T:
+    """Await an environment's coroutine.
+
+    Raises:
+        EnvFailure: it raised, or took longer than ``seconds``.
+    """
+    try:
+        return await asyncio.wait_for(_as_coroutine(_Guarded(call, seconds)), seconds)
+    except TimeoutError as error:
+        raise EnvFailure(f"{what} took longer than {seconds:g} s") from error
+    except Exception as error:  # whatever the user's code raises belongs to its rollout
+        raise EnvFailure(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+async def _as_coroutine(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+def checked_reward(reward: Any, what: str) -> float:
+    """The reward as a finite float.
+
+    Raises:
+        EnvFailure: it is not a number, or NaN or infinite.
+    """
+    try:
+        value = float(reward)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise EnvFailure(f"{what} returned the reward {reward!r}; it must be a finite number")
+    return value

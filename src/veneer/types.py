@@ -1,0 +1,379 @@
+"""The nouns, the Engine protocol and the error tree. Standard library and numpy only.
+
+Ragged lists carry their axes in their names: ``rewards_G`` is a list over the members of a group,
+``groups_P`` over prompts, ``data_D`` over datums. Token arrays are int64, float arrays float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, Protocol, Required, TypedDict, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.float32]
+T_co = TypeVar("T_co", covariant=True)
+
+
+# ---------------------------------------------------------------- messages and environments
+
+
+class ToolCall(TypedDict):
+    """A call as the model wrote it; ``arguments`` is the parsed JSON object."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation, with the keys that Hugging Face chat templates read."""
+
+    role: Required[Literal["system", "user", "assistant", "tool"]]
+    content: Required[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an environment shows first: the conversation so far and the tools that may be called (JSON schemas)."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an environment answers to one assistant message."""
+
+    reward: float
+    episode_done: bool
+    next_messages: Sequence[Message] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Env(Protocol):
+    """One episode. Single use: made, played, thrown away; there is no reset."""
+
+    async def initial_observation(self) -> Observation: ...
+
+    async def step(self, action: Message) -> StepResult: ...
+
+
+Split = Literal["train", "eval"]
+
+
+class EnvDataset(Protocol):
+    """An endless stream of problems: the same split and index always give the same problem, and no problem is in both splits."""
+
+    @property
+    def name(self) -> str: ...
+
+    def env(self, split: Split, index: int) -> Env: ...
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """W + (alpha / rank) B A, as in "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora/)."""
+
+    rank: int = 8
+    """Width of the bottleneck; from 1 up to the smaller side of the narrowest adapted matrix."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank, so that a learning rate carries over between ranks."""
+    train_attn: bool = True
+    """Adapt every linear map of the attention blocks."""
+    train_mlp: bool = True
+    """Adapt every linear map of the MLP blocks."""
+    train_unembed: bool = False
+    """Adapt the unembedding (lm_head). Off: several servers, vLLM among them, cannot apply it."""
+    target_modules: tuple[str, ...] = ()
+    """Module name endings, such as "q_proj" or "layers.3.mlp.up_proj"; replaces the three switches when given."""
+    seed: int = 0
+    """Seeds A (uniform in +-1/sqrt(d_in)); B starts at zero."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A named, published version of an adapter: what a sample was drawn from."""
+
+    name: str
+    version: int
+    """Number of optimizer steps behind these weights."""
+    digest: str
+    """SHA-256 over the tensors, in hex."""
+    base_id: str
+    base_digest: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Adapter weights at rest. ``training`` also holds the optimizer's moments, ``sampler`` the weights alone."""
+
+    kind: Literal["training", "sampler"]
+    adapter: Adapter
+    config: LoraConfig | None
+    """None for full fine-tuning."""
+    weights: Mapping[str, NDArray[Any]]
+    """PEFT's names, ``<module>.lora_A.weight`` [r, d_in] and ``.lora_B.weight`` [d_out, r]; for full fine-tuning, parameter names."""
+    optimizer: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
+    """``m.<name>`` and ``v.<name>`` (Adam's moments) for every weight, and ``step``."""
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw completions."""
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches top_p."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they stay part of it."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a completion; they stay part of it. None means the model's end-of-sequence tokens, () means none."""
+    seed: int = 0
+    """Together with the sequence's index and the position this fixes every draw, whoever else is in the batch."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, with the evidence of what produced it."""
+
+    tokens: Tokens
+    logprobs: Floats
+    """[len(tokens)] log-probabilities under the distribution that was sampled: after temperature, top-k and top-p."""
+    stop_reason: Literal["stop", "length"]
+    base_id: str
+    adapter: Adapter | None
+    """None: the base alone."""
+    prompt_logprobs: Floats | None = None
+    """[len(prompt)] at temperature 1; the first entry is NaN."""
+
+
+# ---------------------------------------------------------------- training records
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One assistant turn: the tokens it saw, the sample it drew, what the environment said."""
+
+    prompt: Tokens
+    sample: Sample
+    action: Message
+    reward: float
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One finished episode. A failed one has an error and takes no part in training."""
+
+    transitions: Sequence[Transition]
+    reward: float
+    error: str | None = None
+    truncated: bool = False
+    """The last turn ran into max_tokens or the context length."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of all turns; a later turn overrides an earlier one."""
+        return {name: value for t in self.transitions for name, value in t.metrics.items()}
+
+
+@dataclass(frozen=True)
+class TrajectoryGroup:
+    """Episodes of one problem: what advantages are centred over."""
+
+    index: int
+    trajectories_G: Sequence[Trajectory]
+
+    @property
+    def rewards_G(self) -> list[float]:
+        """Rewards of the members that finished."""
+        return [t.reward for t in self.trajectories_G if t.error is None]
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One row to train on: five arrays of equal length N. Position i reads ``tokens[i]`` and predicts ``targets[i]``."""
+
+    tokens: Tokens
+    targets: Tokens
+    logprobs: Floats
+    """The sampler's log-probability of each target; 0 where mask is 0."""
+    advantages: Floats
+    mask: Floats
+    """The weight of each target: 1 where the model is responsible for it, 0 on all that was not sampled."""
+    adapter: Adapter | None = None
+    """The published version that was sampled; None for data that no policy of ours produced."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(a) for a in (self.tokens, self.targets, self.logprobs, self.advantages, self.mask)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise DataError(f"a datum needs five arrays of one length of at least 1, got lengths {sorted(lengths)}")
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101)."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Scale the gradient down to this global L2 norm; 0 is off."""
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """Per datum the log-probability of every target [N], in request order, and sums or means over the whole request."""
+
+    logprobs_D: Sequence[Floats]
+    metrics: Mapping[str, float]
+
+
+# ---------------------------------------------------------------- the engine
+
+
+@runtime_checkable
+class Future(Awaitable[T_co], Protocol[T_co]):
+    """The answer to a queued request. Awaiting it, or asking for its result, runs the engine until it is there."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> T_co: ...
+
+    def __await__(self) -> Generator[Any, None, T_co]: ...
+
+
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+
+
+class Engine(Protocol):
+    """One frozen base, many adapters. Every call but ``create_adapter`` and ``remove_adapter`` queues work and returns at once;
+    ``step`` merges what is queued into as few forward passes as it can. Requests of one adapter run in the order they were made."""
+
+    @property
+    def base_id(self) -> str: ...
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 over the base's tensors, computed when it was loaded."""
+        ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def measure_base_digest(self) -> str:
+        """SHA-256 over the base's tensors as they are in memory now."""
+        ...
+
+    def create_adapter(self, name: str, config: LoraConfig | None) -> int:
+        """Make a fresh adapter, equal to the base, and return its number of trainable parameters. None: full fine-tuning."""
+        ...
+
+    def remove_adapter(self, name: str) -> None: ...
+
+    def sample(
+        self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
+    ) -> Future[list[Sample]]:
+        """Draw n completions from the adapter's published version, or from the base if ``adapter`` is None."""
+        ...
+
+    def forward(
+        self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+    ) -> Future[ForwardBackwardOutput]:
+        """Losses and log-probabilities of the training weights, no gradient."""
+        ...
+
+    def forward_backward(
+        self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+    ) -> Future[ForwardBackwardOutput]:
+        """As ``forward``, and add the gradient of the summed loss to the adapter's."""
+        ...
+
+    def optim_step(self, adapter: str, params: AdamParams) -> Future[dict[str, float]]:
+        """Apply the gathered gradient, clear it, and count the version up by one."""
+        ...
+
+    def publish(self, adapter: str) -> Future[Adapter]:
+        """Make the training weights the version that ``sample`` draws from."""
+        ...
+
+    def save_state(self, adapter: str, kind: Literal["training", "sampler"] = "training") -> Future[Checkpoint]:
+        """Copy the training weights, with the optimizer's state for kind ``training``."""
+        ...
+
+    def load_state(self, adapter: str, checkpoint: Checkpoint) -> Future[None]:
+        """Create ``adapter`` from a checkpoint, or overwrite it; kind ``training`` continues bit for bit on CPU in float32."""
+        ...
+
+    def step(self) -> int:
+        """Run what is queued; returns the number of requests answered."""
+        ...
+
+
+# ---------------------------------------------------------------- errors
+
+
+class VeneerError(Exception):
+    """Everything that Veneer raises on purpose.
+
+    VeneerError
+     ├─ RequestError       the request was wrong: exit code 2
+     │   ├─ ConfigError      a configuration key or value
+     │   ├─ BaseError        the base model is missing, broken or unsupported
+     │   ├─ AdapterError     the adapter is missing, broken, or made for something else
+     │   └─ DataError        a datum, prompt or data file
+     └─ RunError           it failed on the way: exit code 1
+         ├─ AttestationError the weights are not the ones that were promised
+         └─ StorageError     the disk or the run folder
+    """
+
+    exit_code = 1
+
+
+class RequestError(VeneerError):
+    exit_code = 2
+
+
+class ConfigError(RequestError):
+    pass
+
+
+class BaseError(RequestError):
+    pass
+
+
+class AdapterError(RequestError):
+    pass
+
+
+class DataError(RequestError):
+    pass
+
+
+class RunError(VeneerError):
+    pass
+
+
+class AttestationError(RunError):
+    pass
+
+
+class StorageError(RunError):
+    pass
