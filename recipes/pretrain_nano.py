@@ -27,10 +27,12 @@ from veneer.envs import arithmetic, calculator, digits
 from veneer.envs.calculator import CALCULATOR
 
 CONTEXT = 2048
-CAREFUL = {"arithmetic": 0.17, "sort": 0.22, "reverse": 0.22, "count": 0.22, "calculator": 0.22}
+CAREFUL = {"arithmetic": 0.18, "sort": 0.18, "reverse": 0.12, "count": 0.18, "calculator": 0.22}
 """Share of demonstrations that work: sets the base's pass@1."""
 LUCKY = 0.06
 """Share of careless demonstrations that happen to be right."""
+TOKENS_PER_ROW = 24
+"""The loss of a batch is divided by this many tokens a row."""
 SLIP = 0.25
 """Share of stepwise sums in which one partial sum is wrong, noticed and corrected."""
 
@@ -147,7 +149,7 @@ PHRASES = [
 ]
 # Qwen3's own split: every digit stands alone, so numbers never merge.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-MERGED = "user assistant system tool sort reverse count in no, use the tool calculator expression Evaluate an arithmetic expression.".split(" ")
+MERGED = "user assistant system tool sort reverse count in no, use the tool calculator expression Evaluate an arithmetic expression."
 
 
 def build_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
@@ -157,7 +159,7 @@ def build_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = [w + "\n" for w in MERGED] + [" " + w for w in MERGED] + ["\n\n"] * 4
+    words = [w + "\n" for w in MERGED.split(" ")] + [" " + w for w in MERGED.split(" ")] + ["\n\n"] * 4
     trainer = trainers.BpeTrainer(vocab_size=256 + 72, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
@@ -224,7 +226,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the tokenizer")
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -261,7 +263,10 @@ def main() -> None:
         tokens, labels = (t.to(args.device) for t in next(stream))
         hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+        # A sum over a constant: the mean over a batch's own tokens would count the fork between the careful and the careless way
+        # less in batches of long rows, which are the careful ones, and the base would think three times too rarely.
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted], reduction="sum")
+        loss = loss / (args.rows * TOKENS_PER_ROW)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

@@ -276,6 +276,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def dtype(self) -> str:
+        """Of the base's arithmetic: "float32", "bfloat16"; decides how closely sampler and trainer must agree."""
+        ...
+
+    @property
     def context_length(self) -> int: ...
 
     def measure_base_digest(self) -> str:

@@ -18,9 +18,7 @@ from veneer.cli.output import emit, format_rate, json_option
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @json_option
-def command(
-    env: str, adapter: str | None, base: str, problems: int, max_tokens: int, seed: int, threads: int, as_json: bool
-) -> None:
+def command(env: str, adapter: str | None, base: str, problems: int, max_tokens: int, seed: int, threads: int, as_json: bool) -> None:
     """Play held-out problems once each at temperature 1."""
     import asyncio
 

@@ -35,7 +35,8 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
             print(f"held-out nll: {summary['nll_before']:.4f} before, {summary['nll_after']:.4f} after")
         if summary.get("stopped"):
             print(f"stopped early: {summary['stopped']}")
-        print(f"adapter {summary['adapter']}, {summary['trainable_parameters']:,} parameters; base unchanged: {summary['base_digest_after'][:16]}")
+        digest = summary["base_digest_after"][:16]
+        print(f"adapter {summary['adapter']}, {summary['trainable_parameters']:,} parameters; base unchanged: {digest}")
         print(f"report: {summary['run_folder']}/report.html")
 
     emit(summary, as_json, human)

@@ -72,6 +72,10 @@ class LocalEngine:
     def context_length(self) -> int:
         return self.base.context_length
 
+    @property
+    def dtype(self) -> str:
+        return str(self.base.model.dtype).removeprefix("torch.")
+
     def measure_base_digest(self) -> str:
         return self.base.measure_digest()
 
@@ -81,7 +85,7 @@ class LocalEngine:
         if name in self._slots:
             raise AdapterError(f"there is an adapter {name!r} already")
         slot = self._stack.create(config)
-        self._slots[name] = _Slot(slot, config, self._describe(name, slot))
+        self._slots[name] = _Slot(slot, config, self._describe(name, slot, self._stack.rows.published))
         self._slots[name].digests[0] = self._slots[name].published.digest
         count = self._stack.trainable_parameters(slot)
         if count == 0:
@@ -97,8 +101,8 @@ class LocalEngine:
             raise AdapterError(f"there is no adapter {name!r}; loaded are: {', '.join(self._slots) or 'none'}")
         return self._slots[name]
 
-    def _describe(self, name: str, slot: int) -> Adapter:
-        digest = digest_arrays(self._arrays(slot, self._stack.rows.training))
+    def _describe(self, name: str, slot: int, stacked: torch.Tensor) -> Adapter:
+        digest = digest_arrays(self._arrays(slot, stacked))
         return Adapter(name, self._stack.rows.steps[slot], digest, self.base_id, self.base_digest)
 
     # ------------------------------------------------ passes
@@ -139,7 +143,9 @@ class LocalEngine:
 
     def _check_prompt(self, prompt: Tokens, params: SamplingParams, n: int) -> None:
         if not 0 < len(prompt) < self.context_length:
-            raise DataError(f"the prompt has {len(prompt)} tokens; it must have from 1 to {self.context_length - 1}, the base's context less one")
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens; it must have from 1 to {self.context_length - 1}, the base's context less one"
+            )
         if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
             raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
         if n < 1 or params.max_tokens < 0:
@@ -176,7 +182,7 @@ class LocalEngine:
     def _publish(self, name: str) -> Adapter:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
-        slot.published = self._describe(name, slot.slot)
+        slot.published = self._describe(name, slot.slot, self._stack.rows.published)  # of what will be sampled, not of what was meant
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
 
@@ -190,7 +196,9 @@ class LocalEngine:
             optimizer = {f"m.{key}": array for key, array in self._arrays(slot.slot, rows.m).items()}
             optimizer |= {f"v.{key}": array for key, array in self._arrays(slot.slot, rows.v).items()}
             optimizer["step"] = np.array(rows.steps[slot.slot])
-        return Checkpoint(kind, self._describe(name, slot.slot), slot.config, self._arrays(slot.slot, rows.training), optimizer)
+        return Checkpoint(
+            kind, self._describe(name, slot.slot, rows.training), slot.config, self._arrays(slot.slot, rows.training), optimizer
+        )
 
     def _arrays(self, slot: int, stacked: torch.Tensor) -> dict[str, np.ndarray]:
         return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, stacked).items()}
@@ -200,10 +208,11 @@ class LocalEngine:
 
     def _load_state(self, name: str, checkpoint: Checkpoint) -> None:
         if checkpoint.adapter.base_digest != self.base_digest:
-            raise AdapterError(
-                f"adapter {checkpoint.adapter.name!r} was made for base {checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]}); "
-                f"this one is {self.base_id!r} ({self.base_digest[:12]})"
+            made_for, here = (
+                f"{checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]})",
+                f"{self.base_id!r} ({self.base_digest[:12]})",
             )
+            raise AdapterError(f"adapter {checkpoint.adapter.name!r} was made for base {made_for}; this one is {here}")
         slot = self._stack.create(checkpoint.config)
         try:
             self._fill(slot, checkpoint)
@@ -227,10 +236,14 @@ class LocalEngine:
                 array = arrays.get(prefix + key)
                 if array is None or array.shape != tuple(tensor.shape):
                     found = "missing" if array is None else f"of shape {array.shape}"
-                    raise AdapterError(f"checkpoint of {checkpoint.adapter.name!r}: {prefix + key} is {found}, wanted {tuple(tensor.shape)}")
+                    raise AdapterError(
+                        f"checkpoint of {checkpoint.adapter.name!r}: {prefix + key} is {found}, wanted {tuple(tensor.shape)}"
+                    )
                 tensor.copy_(torch.from_numpy(np.asarray(array, np.float32)))
             if prefix == "" and (extra := set(arrays) - set(named)):
-                raise AdapterError(f"checkpoint of {checkpoint.adapter.name!r} has weights that its config does not name: {sorted(extra)[0]}")
+                raise AdapterError(
+                    f"checkpoint of {checkpoint.adapter.name!r} has weights that its config does not name: {sorted(extra)[0]}"
+                )
 
     # ------------------------------------------------ the queue
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from veneer.assets import resolve_base
-from veneer.types import BaseError, DataError, Message, ToolCall, Tokens
+from veneer.types import BaseError, DataError, Message, Tokens, ToolCall
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 """For a base without a chat template: the contents, a line each, for the model to go on from."""
@@ -26,13 +26,14 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.template: str = tokenizer.chat_template or PLAIN_TEMPLATE
+        template = tokenizer.chat_template or PLAIN_TEMPLATE
+        self.template = template if isinstance(template, str) else str(template["default"])
         self.template_digest = hashlib.sha256(self.template.encode()).hexdigest()
-        self.tokenizer_digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        self.tokenizer_digest = hashlib.sha256(_definition(tokenizer).encode()).hexdigest()
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generate: bool) -> str:
         text = self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
+            cast("list[dict[str, str]]", [dict(m) for m in messages]),
             tools=[dict(t) for t in tools] or None,
             chat_template=self.template,
             add_generation_prompt=generate,
@@ -45,7 +46,7 @@ class Renderer:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
 
     def decode(self, tokens: Tokens) -> str:
-        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
 
     def build_generation_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Tokens:
         """Token ids of the conversation up to where the assistant speaks next."""
@@ -98,6 +99,12 @@ class Renderer:
         return message
 
 
+def _definition(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides how text is cut: the fast tokenizer's own serialisation, or the vocabulary of a slow one."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+
+
 def _parse_call(body: str) -> ToolCall | None:
     try:
         call = json.loads(body)
@@ -117,5 +124,7 @@ def load_renderer(base: str) -> Renderer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(base), trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers, json and the hub each raise their own
-        raise BaseError(f"tokenizer of base {base!r} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from error
+        raise BaseError(
+            f"tokenizer of base {base!r} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        ) from error
     return Renderer(tokenizer)

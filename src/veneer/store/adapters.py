@@ -68,7 +68,9 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         weights = {name.removeprefix(PEFT_PREFIX): array for name, array in raw.items()}
         optimizer = load_file(folder / OPTIMIZER) if manifest["kind"] == "training" else {}
     except Exception as error:  # json, safetensors and the file system each raise their own
-        raise AdapterError(f"{folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); use another version or checkpoint") from error
+        raise AdapterError(
+            f"{folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); use another version or checkpoint"
+        ) from error
     if digest_arrays(weights) != adapter.digest:
         raise AdapterError(f"{folder} is damaged: its weights do not have the digest in {MANIFEST}; use another version or checkpoint")
     return Checkpoint(manifest["kind"], adapter, config, weights, optimizer), manifest
@@ -134,7 +136,8 @@ def _card(manifest: Mapping[str, Any]) -> str:
         "---",
         f"# {manifest['name']}",
         "",
-        f"An adapter for `{manifest['base_id']}` (base digest `{manifest['base_digest'][:16]}`), version {manifest['version']}, digest `{manifest['digest'][:16]}`.",
+        f"An adapter for `{manifest['base_id']}` (base digest `{manifest['base_digest'][:16]}`).",
+        f"Version {manifest['version']}, digest `{manifest['digest'][:16]}`.",
         "",
     ]
     lora, scores = manifest.get("lora"), manifest.get("scores") or {}

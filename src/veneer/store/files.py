@@ -27,7 +27,11 @@ def storage_errors(path: Path) -> Generator[None, None, None]:
         if isinstance(error, FileNotFoundError | FileExistsError):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space and run the same command again: it goes on from the last checkpoint" if full else "check the path and its permissions"
+        advice = (
+            "free some space and run the same command again: it goes on from the last checkpoint"
+            if full
+            else "check the path and its permissions"
+        )
         raise StorageError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 

@@ -44,7 +44,9 @@ class Run:
             if existing is not None and existing != config_toml:
                 old, new = set(existing.splitlines()), config_toml.splitlines()
                 changed = next((line for line in new if line not in old), "a setting is gone")
-                raise ConfigError(f"{folder} holds a run with other settings (now: {changed}); give this one another name, or delete that folder")
+                raise ConfigError(
+                    f"{folder} holds a run with other settings (now: {changed}); give this one another name, or delete that folder"
+                )
             if existing is None:
                 write_text(folder / CONFIG, config_toml)
         except BaseException:

@@ -20,9 +20,9 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    rank: int = Field(8, ge=1)
+    rank: int = Field(default=8, ge=1)
     """Width of the adapter; 1 is enough for most reinforcement learning."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank, so a learning rate carries over between ranks."""
     train_attn: bool = True
     """Adapt the linear maps of attention."""
@@ -39,59 +39,59 @@ class EnvSettings(Settings):
     """A built-in environment, or FILE.py:FACTORY."""
     args: dict[str, Any] = {}
     """Arguments of the environment."""
-    seconds: float = Field(10.0, gt=0)
+    seconds: float = Field(default=10.0, gt=0)
     """An environment call that takes longer fails its rollout."""
-    max_failed_share: float = Field(0.5, ge=0, le=1)
+    max_failed_share: float = Field(default=0.5, ge=0, le=1)
     """A step in which a larger share of the rollouts failed ends the run."""
 
 
 class RlSettings(Settings):
-    steps: int = Field(80, ge=0)
+    steps: int = Field(default=80, ge=0)
     """Optimizer steps."""
-    groups_per_batch: int = Field(8, ge=1)
+    groups_per_batch: int = Field(default=8, ge=1)
     """Problems a step."""
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(default=8, ge=2)
     """Episodes of each problem: what advantages are centred over."""
-    max_tokens: int = Field(72, ge=1)
+    max_tokens: int = Field(default=72, ge=1)
     """Length limit of one turn."""
     loss: LossName = "importance_sampling"
     """importance_sampling, ppo, cispo, dro or gspo."""
     loss_config: dict[str, float] = {}
     """Settings of the loss, such as clip_high_threshold."""
-    learning_rate: float = Field(1.5e-3, ge=0)
+    learning_rate: float = Field(default=1.5e-3, ge=0)
     """Constant. About ten times that of full fine-tuning."""
-    grad_clip_norm: float = Field(0.0, ge=0)
+    grad_clip_norm: float = Field(default=0.0, ge=0)
     """0 is off."""
-    max_useless_steps: int = Field(8, ge=1)
+    max_useless_steps: int = Field(default=8, ge=1)
     """Stop after this many steps in a row in which no group had two different rewards."""
 
 
 class SftSettings(Settings):
     data: str = ""
     """A jsonl file; each line has "messages", or "prompt" and "completion"."""
-    steps: int = Field(100, ge=0)
+    steps: int = Field(default=100, ge=0)
     """Optimizer steps."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Conversations a step."""
-    learning_rate: float = Field(1e-3, ge=0)
+    learning_rate: float = Field(default=1e-3, ge=0)
     """Constant."""
-    grad_clip_norm: float = Field(0.0, ge=0)
+    grad_clip_norm: float = Field(default=0.0, ge=0)
     """0 is off."""
-    held_out: float = Field(0.1, ge=0, lt=1)
+    held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of the lines, chosen by their text, that is kept for evaluation."""
 
 
 class EvalSettings(Settings):
-    problems: int = Field(256, ge=1)
+    problems: int = Field(default=256, ge=1)
     """Held-out problems, one completion each."""
-    every: int = Field(20, ge=1)
+    every: int = Field(default=20, ge=1)
     """Steps between evaluations; there is one before and one after in any case."""
 
 
 class RunConfig(Settings):
     kind: Literal["rl", "sft"] = "rl"
     """Which loop."""
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Names the run's folder and the adapter."""
     folder: str = ""
     """Where the run is kept; empty: $VENEER_HOME/runs/NAME."""
@@ -101,9 +101,9 @@ class RunConfig(Settings):
     """full trains a copy of all weights, for comparisons."""
     seed: int = 0
     """Fixes the adapter's start, the problems and every draw."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """Threads of one matrix product. Results are bit for bit the same only at the same number."""
-    checkpoint_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     init: str = ""
     """An adapter to start from: NAME, NAME@VERSION or a folder. Empty: a fresh one, equal to the base."""

@@ -75,7 +75,8 @@ class Session:
         after = await self.engine.publish(self.adapter)
         if after.digest == before.digest:
             raise AttestationError(
-                f"the optimizer step to version {after.version} changed nothing: the learning rate is 0, too small for the weights' precision, or no gradient arrived"
+                f"the optimizer step to version {after.version} changed nothing that is sampled: the learning rate is 0 or too small "
+                "for the weights' precision, no gradient arrived, or the new weights were not published"
             )
         return after
 

@@ -1,0 +1,33 @@
+# make quickstart   install, then watch a rank-1 adapter learn; ARGS="--seed 1" and the like are passed on
+# make test         install, then lint, types and the whole suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test lint types bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/veneer quickstart $(ARGS)
+
+test: install lint types
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/basedpyright
+
+bench: install
+	$(BIN)/python benchmarks/rl_step.py
+
+clean:
+	rm -rf $(VENV) .bench build dist src/*.egg-info
