@@ -1,0 +1,88 @@
+"""Measure veneer-nano's base rates and write its card: five minutes of one CPU core.
+
+    python recipes/nano_card.py            # writes src/veneer/assets/nano/README.md
+
+Rates are those of plain sampling at temperature 1 on held-out problems, with Wilson intervals. pass@64 of the sums is the
+share of problems that at least one of 64 samples solves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+from veneer.engine import LoraEngine, load_base, set_threads
+from veneer.envs import ENVIRONMENTS, load_env
+from veneer.measure.intervals import wilson
+from veneer.render import load_renderer
+from veneer.train.evaluate import Evaluation, evaluate
+from veneer.train.rollouts import Policy, do_rollouts
+from veneer.types import SamplingParams
+
+NANO = Path(__file__).parents[1] / "src/veneer/assets/nano"
+EXAMPLES = {"arithmetic": "`27+94+38=?`", "sort": "`sort 739562`", "reverse": "`reverse 739562`", "count": "`count 3 in 7313390`"}
+EXAMPLES |= {"calculator": "`47*86=?` with a calculator in Qwen3's tool format"}
+
+
+def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pretraining: dict[str, object], parameters: int) -> str:
+    base = load_base("nano")
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "# veneer-nano",
+        "",
+        f"The base that comes with Veneer: a Qwen3 of {parameters:,} parameters, trained from scratch by `recipes/pretrain_nano.py`",
+        f"({pretraining['steps']} steps of {pretraining['rows']} demonstrations, seed {pretraining['seed']}, {pretraining['device']},",
+        f"torch {pretraining['torch']}). It loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Base digest `{base.digest[:16]}`.",
+        "",
+        "It knows five small skills, each in a careful way that works and a careless way that mostly does not, and prefers the",
+        "careless one: latent and unreliable, as behaviours are after pretraining. Reinforcement learning makes them reliable.",
+        "It knows no natural language.",
+        "",
+        f"| environment | a problem | pass@1, temperature 1, {next(iter(rates.values())).solved.trials} held-out problems | careful |",
+        "|---|---|---|---|",
+    ]
+    for name, result in rates.items():
+        careful = result.means.get("stepwise", result.means.get("called", result.means.get("thought", 0.0)))
+        lines.append(f"| `{name}` | {EXAMPLES[name]} | {result.solved} | {careful:.2f} |")
+    slips = rates["arithmetic"].means["self_corrected"]
+    lines += [
+        "",
+        f"Of the sums, {slips:.3f} are answered step by step with a slip that is noticed and taken back. pass@64 on {problems_64} sums:",
+        f"{solved_at_64}.",
+        "",
+        "The tokenizer works on bytes, with a few merges, single digits, and Qwen3's special tokens and chat template (Qwen team,",
+        "Apache-2.0). The fixed sentences of Qwen3's tool prompt are tokens of their own, so a tool costs sixty tokens, not eight",
+        "hundred.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=1024)
+    parser.add_argument("--problems-64", type=int, default=128)
+    args = parser.parse_args()
+    set_threads(1)
+    base = load_base("nano")
+    policy = Policy(LoraEngine(base), load_renderer("nano"), None, SamplingParams(max_tokens=96))
+    rates = {}
+    for name in ENVIRONMENTS:
+        rates[name] = asyncio.run(evaluate(policy, load_env(name), args.problems, seed=0))
+        print(name, rates[name].solved, flush=True)
+    groups = asyncio.run(do_rollouts(policy, load_env("arithmetic"), "eval", range(args.problems_64), 64, seed=1))
+    solved = wilson(sum(max(group.rewards_G) >= 1 for group in groups), len(groups))
+    print("pass@64", solved, flush=True)
+    pretraining = json.loads((NANO / "pretraining.json").read_text())
+    parameters = sum(p.numel() for p in base.model.parameters())
+    (NANO / "README.md").write_text(card(rates, str(solved), args.problems_64, pretraining, parameters))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Intervals and bits: the numbers that verdicts rest on."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.measure.bits import reward_bits
+from veneer.measure.intervals import wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [  # R: binom::binom.confint(x, n, methods = "wilson")
+        (0, 10, 0.0, 0.27753279986288926),
+        (5, 10, 0.2365930905125637, 0.7634069094874363),
+        (10, 10, 0.7224672001371107, 1.0),
+        (1, 1, 0.2065493143772375, 1.0),
+        (81, 263, 0.2552733, 0.3661845),  # Newcombe 1998, table I, method 3: 0.2553, 0.3662
+        (15, 148, 0.0624, 0.1605),  # the same table
+        (1, 29, 0.0061, 0.1718),  # the same table
+    ],
+)
+def test_wilson_reference_values(successes: int, trials: int, low: float, high: float) -> None:
+    """A wrong interval turns noise into a verdict."""
+    rate = wilson(successes, trials)
+    digits = 5e-5 if trials in (148, 29) else 1e-6
+    assert (rate.low, rate.high) == (pytest.approx(low, abs=digits), pytest.approx(high, abs=digits))
+    assert (rate.successes, rate.trials, rate.value) == (successes, trials, successes / trials)
+
+
+@pytest.mark.parametrize("trials", [10, 64, 256])
+def test_wilson_covers_the_truth(trials: int) -> None:
+    """95% means that nineteen of twenty intervals hold the true rate, averaged over rates."""
+    covered = []
+    for p in [(i + 0.5) / 200 for i in range(200)]:
+        rates = [wilson(k, trials) for k in range(trials + 1)]
+        weights = [math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(trials + 1)]
+        covered.append(sum(w for w, r in zip(weights, rates, strict=True) if r.low <= p <= r.high))
+    assert 0.945 < sum(covered) / len(covered) < 0.965
+
+
+def test_wilson_covers_in_simulation() -> None:
+    """The same by drawing, without the binomial formula."""
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        p = rng.random()
+        rate = wilson(sum(rng.random() < p for _ in range(50)), 50)
+        hits += rate.low <= p <= rate.high
+    assert abs(hits / 2000 - 0.95) < 0.02
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_ordered_and_symmetric(pair: tuple[int, int]) -> None:
+    """An interval lies in [0, 1], holds its estimate, and treats success and failure alike."""
+    k, n = pair
+    rate, mirror = wilson(k, n), wilson(n - k, n)
+    assert 0 <= rate.low <= rate.value + 1e-12
+    assert rate.value - 1e-12 <= rate.high <= 1
+    assert (rate.low, rate.high) == (pytest.approx(1 - mirror.high, abs=1e-12), pytest.approx(1 - mirror.low, abs=1e-12))
+    assert wilson(k, n, z=1.0).high - wilson(k, n, z=1.0).low < rate.high - rate.low
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses_nonsense(successes: int, trials: int) -> None:
+    """A division by zero deep in a report helps nobody."""
+    with pytest.raises(ValueError, match="trials"):
+        wilson(successes, trials)
+
+
+@pytest.mark.parametrize("size", [2, 8, 31])
+def test_bits_of_bernoulli_groups(size: int) -> None:
+    """G times the binary entropy of the pass rate."""
+    for k in range(size + 1):
+        p = k / size
+        entropy = 0.0 if k in (0, size) else -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+        assert reward_bits([1.0] * k + [0.0] * (size - k)) == pytest.approx(size * entropy, abs=1e-9)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=40), st.randoms())
+def test_bits_are_bounded(rewards: list[float], rng: random.Random) -> None:
+    """Pass or fail is at most one bit an episode, whatever the order and the names of the two values."""
+    bits = reward_bits(rewards)
+    assert 0 <= bits <= len(rewards) + 1e-9
+    shuffled = [2 * r - 1 for r in rewards]
+    rng.shuffle(shuffled)
+    assert reward_bits(shuffled) == pytest.approx(bits)
+
+
+@given(st.floats(allow_nan=False), st.integers(0, 20))
+def test_constant_groups_carry_nothing(reward: float, size: int) -> None:
+    """A group in which all got the same teaches nothing."""
+    assert reward_bits([reward] * size) == 0
+
+
+def test_bits_of_distinct_rewards() -> None:
+    """Four different rewards: two bits each."""
+    assert reward_bits([0.0, 0.25, 0.5, 1.0]) == pytest.approx(8.0)
