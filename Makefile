@@ -1,10 +1,13 @@
 # make quickstart   install, then watch a rank-1 adapter learn; ARGS="--seed 1" and the like are passed on
 # make test         install, then lint, types and the whole suite
+# make seeds        the quickstart on seeds 0-4 -> docs/results.md
+# make bench        one RL step beside TRL + PEFT -> benchmarks/RESULTS.md
+# make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types bench clean
+.PHONY: install quickstart test lint types seeds bench nano clean
 
 install: $(VENV)/.installed
 
@@ -27,7 +30,14 @@ types: install
 	$(BIN)/basedpyright
 
 bench: install
-	$(BIN)/python benchmarks/rl_step.py
+	$(BIN)/python benchmarks/rl_step.py --write
+
+seeds: install
+	$(BIN)/python recipes/quickstart_seeds.py
+
+nano: install
+	$(BIN)/python recipes/pretrain_nano.py --out src/veneer/assets/nano
+	$(BIN)/python recipes/nano_card.py
 
 clean:
 	rm -rf $(VENV) .bench build dist src/*.egg-info

@@ -15,20 +15,21 @@ from veneer.measure.intervals import wilson
 
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
-    [  # R: binom::binom.confint(x, n, methods = "wilson")
-        (0, 10, 0.0, 0.27753279986288926),
-        (5, 10, 0.2365930905125637, 0.7634069094874363),
-        (10, 10, 0.7224672001371107, 1.0),
-        (1, 1, 0.2065493143772375, 1.0),
-        (81, 263, 0.2552733, 0.3661845),  # Newcombe 1998, table I, method 3: 0.2553, 0.3662
-        (15, 148, 0.0624, 0.1605),  # the same table
-        (1, 29, 0.0061, 0.1718),  # the same table
+    [  # closed forms: 0 of n has the upper end z^2 / (n + z^2), n/2 of n has 1/2 -+ z / (2 sqrt(n + z^2)), z^2 = 3.841459
+        (0, 10, 0.0, 3.841458820694124 / 13.841458820694124),
+        (5, 10, 0.5 - 0.979981992270027 / 13.841458820694124**0.5, 0.5 + 0.979981992270027 / 13.841458820694124**0.5),
+        (10, 10, 10 / 13.841458820694124, 1.0),
+        (1, 1, 1 / 4.841458820694124, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E
+        (15, 148, 0.0624, 0.1605),  # its table I, method 3, printed to four digits
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
     ],
 )
 def test_wilson_reference_values(successes: int, trials: int, low: float, high: float) -> None:
     """A wrong interval turns noise into a verdict."""
     rate = wilson(successes, trials)
-    digits = 5e-5 if trials in (148, 29) else 1e-6
+    digits = 1e-9 if trials in (1, 10) else 5.1e-5
     assert (rate.low, rate.high) == (pytest.approx(low, abs=digits), pytest.approx(high, abs=digits))
     assert (rate.successes, rate.trials, rate.value) == (successes, trials, successes / trials)
 

@@ -38,6 +38,9 @@ from veneer.types import (
 
 T = TypeVar("T")
 
+ENOUGH_TOKENS = 16
+"""A first step on at least this many tokens must reach every target; a row of one token has no gradient for queries and keys."""
+
 
 @dataclass
 class _Slot:
@@ -172,6 +175,12 @@ class LocalEngine:
     def _optim_step(self, slot: _Slot, params: AdamParams) -> dict[str, float]:
         if slot.pending_tokens == 0:
             raise RunError("optim_step without a gradient: no forward_backward since the last step")
+        if self._stack.rows.steps[slot.slot] == 0 and slot.pending_tokens >= ENOUGH_TOKENS:
+            untrained = self._stack.without_gradient(slot.slot)
+            if untrained:
+                raise AttestationError(
+                    f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
+                )
         slot.pending_tokens = 0
         norm = self._stack.rows.adam(slot.slot, params)
         return {"grad_norm": norm, "version": float(self._stack.rows.steps[slot.slot])}

@@ -42,6 +42,10 @@ class FullStack:
     def named(self, slot: int, stacked: Tensor) -> dict[str, Tensor]:
         return self.views(slot, stacked)
 
+    def without_gradient(self, slot: int) -> list[str]:
+        """Nothing to tell: rows of the embedding that no token used have none rightly."""
+        return []
+
     def trainable_parameters(self, slot: int) -> int:
         return self.rows.size
 

@@ -118,7 +118,7 @@ class LoraStack:
             self._widen(config.rank)
         slot = self.rows.claim()
         self.configs[slot], self.targets[slot] = config, targets
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.seed % 2**63)
         for name, (a, _) in self.views(slot, self.rows.training).items():
             bound = 1 / math.sqrt(self.linears[name].in_features)
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
@@ -169,6 +169,10 @@ class LoraStack:
 
     def trainable_parameters(self, slot: int) -> int:
         return sum(t.numel() for t in self.named(slot, self.rows.training).values())
+
+    def without_gradient(self, slot: int) -> list[str]:
+        """Adapted linear maps whose B has a gradient of exactly zero: their hook was never called, or they lead nowhere."""
+        return [name for name, (_, bt) in self.views(slot, self.rows.grads).items() if not bt.any()]
 
     # ------------------------------------------------ forward
 

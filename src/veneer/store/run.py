@@ -41,13 +41,13 @@ class Run:
                 raise RunError(f"another process is working on {folder}; wait for it, or give this run another name") from error
         try:
             existing = self._read_config()
-            if existing is not None and existing != config_toml:
+            if existing is not None and existing != config_toml and any(self.folder.glob("checkpoints/step-*")):
                 old, new = set(existing.splitlines()), config_toml.splitlines()
                 changed = next((line for line in new if line not in old), "a setting is gone")
                 raise ConfigError(
                     f"{folder} holds a run with other settings (now: {changed}); give this one another name, or delete that folder"
                 )
-            if existing is None:
+            if existing != config_toml:
                 write_text(folder / CONFIG, config_toml)
         except BaseException:
             self.close()

@@ -1,0 +1,111 @@
+"""Small builders that the engine tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import transformers as hf
+from conftest import random_model
+
+from veneer.engine import Base, FullEngine, LocalEngine, LoraEngine
+from veneer.types import Adapter, Checkpoint, Datum, LoraConfig, SamplingParams, Tokens
+
+VOCAB = 97
+FREE = SamplingParams(max_tokens=8, stop_token_ids=())
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, stop_token_ids=())
+
+
+def lora_engine(architecture: str = "qwen3", seed: int = 0) -> LocalEngine:
+    return LoraEngine(Base(architecture, random_model(architecture, seed), None))
+
+
+def full_engine(architecture: str = "qwen3", seed: int = 0) -> LocalEngine:
+    return FullEngine(Base(architecture, random_model(architecture, seed), None))
+
+
+def wide_model(seed: int = 0) -> hf.PreTrainedModel:
+    """Llama with every linear map at least 32 wide on both sides, so that rank 32 fits."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = hf.LlamaConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=128, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def wide_engine() -> LocalEngine:
+    return LoraEngine(Base("wide", wide_model(), None))
+
+
+def prompt(length: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng([seed, length]).integers(3, VOCAB, length)
+
+
+def datum(length: int, seed: int = 0, adapter: Adapter | None = None) -> Datum:
+    """A row of random tokens whose first third is prompt (mask 0) and whose weights and advantages vary."""
+    rng = np.random.default_rng([7, seed, length])
+    tokens = rng.integers(3, VOCAB, length + 1)
+    mask = rng.uniform(0.5, 1.5, length).astype(np.float32)
+    mask[: length // 3] = 0
+    q, advantages = rng.normal(-4, 0.3, length), rng.normal(0, 1, length)
+    return Datum(tokens[:-1], tokens[1:], np.where(mask > 0, q, 0).astype(np.float32), advantages.astype(np.float32), mask, adapter)
+
+
+def sampled_datum(prompt_ids: Tokens, tokens: Tokens, logprobs: np.ndarray, adapter: Adapter | None) -> Datum:
+    """The one-token shift of a sampled completion, written out independently of train/datums.py."""
+    row = np.concatenate([prompt_ids, tokens])
+    mask = np.zeros(len(row) - 1, np.float32)
+    mask[len(prompt_ids) - 1 :] = 1
+    q = np.zeros(len(row) - 1, np.float32)
+    q[len(prompt_ids) - 1 :] = logprobs
+    return Datum(row[:-1], row[1:], q, mask.copy(), mask, adapter)
+
+
+def scrambled(checkpoint: Checkpoint, seed: int, scale: float = 0.1) -> Checkpoint:
+    """The checkpoint with all weights, A and B, random and not zero."""
+    rng = np.random.default_rng(seed)
+    weights = {name: rng.normal(0, scale, array.shape).astype(np.float32) for name, array in checkpoint.weights.items()}
+    return dataclasses.replace(checkpoint, weights=weights)
+
+
+def add_random_adapter(engine: LocalEngine, name: str, config: LoraConfig, seed: int) -> None:
+    """An adapter with random A and B, published."""
+    engine.create_adapter(name, config)
+    checkpoint = engine.save_state(name, "sampler").result()
+    engine.load_state(name, scrambled(checkpoint, seed)).result()
+
+
+def slot_of(engine: LocalEngine, name: str) -> int:
+    return engine._slots[name].slot
+
+
+def gradients(engine: LocalEngine, name: str) -> dict[str, torch.Tensor]:
+    """Copies of the gathered gradient, by PEFT's names."""
+    named = engine._stack.named(slot_of(engine, name), engine._stack.rows.grads)
+    return {key: tensor.detach().clone() for key, tensor in named.items()}
+
+
+def row_bytes(engine: LocalEngine, name: str, fields: Sequence[str] = ("training", "published", "grads", "m", "v")) -> dict[str, bytes]:
+    """Everything that the engine holds for an adapter, byte by byte."""
+    slot = slot_of(engine, name)
+    return {field: getattr(engine._stack.rows, field)[slot].numpy().tobytes() for field in fields}
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|found - wanted| / |wanted| in the L2 norm."""
+    assert found.shape == wanted.shape
+    size = torch.linalg.vector_norm(wanted)
+    assert size > 0, "a zero reference proves nothing"
+    return float(torch.linalg.vector_norm(found - wanted) / size)
+
+
+def target_logprobs(model: hf.PreTrainedModel, row: Datum) -> torch.Tensor:
+    """transformers' log-probability of every target [N]."""
+    logits = model(input_ids=torch.from_numpy(row.tokens)[None]).logits[0].float()
+    return logits.log_softmax(-1)[torch.arange(len(row.targets)), torch.from_numpy(row.targets)]

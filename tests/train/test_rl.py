@@ -1,0 +1,259 @@
+"""Reinforcement learning: it learns, it counts what fails, and it stops when the weights are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_helpers import config_of, engine_of, open_session, run_session
+
+from veneer.train import rl
+from veneer.types import Adapter, AttestationError, RequestError, RunError
+
+STEP_KEYS = {
+    *("step", "episodes", "failed", "truncated", "reward/total", "by_group/frac_mixed", "by_group/frac_all_good", "by_group/frac_all_bad"),
+    *("groups/dropped", "bits", "optim/entropy", "tokens/mean", "optim/lr", "adapter/version", "adapter/digest", "env/all/length"),
+}
+TRAINED_KEYS = {"optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/grad_norm", "optim/loss", "optim/ratio"}
+EVAL_KEYS = {"eval/solved", "eval/solved_low", "eval/solved_high", "eval/problems", "eval/reward", "eval/tokens", "eval/failed"}
+
+
+def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()]
+
+
+def test_reward_rises(tmp_path: Path) -> None:
+    """The point of it all: rank 1, a reward that anything can learn, a clear rise; and what it writes down."""
+    settings = {"steps": 12, "groups_per_batch": 4, "group_size": 8, "learning_rate": 4e-3}
+    session = open_session(config_of(tmp_path, rl=settings, eval={"problems": 16}), tmp_path / "run")
+    result = run_session(session)
+    metrics = session.run.metrics()
+    rewards = [m["reward/total"] for m in metrics[1:]]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    assert metrics[-1]["eval/reward"] > metrics[0]["eval/reward"] + 0.15
+
+    assert [m["step"] for m in metrics] == list(range(13))
+    assert (result.steps, result.episodes, result.stopped) == (12, 12 * 32, None)
+    assert result.bits == pytest.approx(sum(m["bits"] for m in metrics[1:]))
+    assert set(metrics[0]) >= EVAL_KEYS
+    assert set(metrics[-1]) >= EVAL_KEYS
+    for m in metrics[1:]:
+        assert set(m) >= STEP_KEYS | TRAINED_KEYS
+        assert all(math.isfinite(v) for v in m.values() if isinstance(v, float))
+        assert m["optim/kl_sample_train_v2"] < 1e-6
+        assert m["optim/ratio"] == pytest.approx(1, abs=1e-4)
+    assert [m["adapter/version"] for m in metrics[1:]] == list(range(1, 13))
+    assert len({m["adapter/digest"] for m in metrics}) == 13
+
+    for step in (1, 12):
+        records = rollouts(tmp_path / "run", step)
+        assert len(records) == 32
+        sampled_from = metrics[step - 1]["adapter/digest"]
+        for record in records:
+            (turn,) = record["turns"]
+            assert turn["digest"] == sampled_from
+            assert len(turn["tokens"]) == len(turn["logprobs"]) <= 12
+            assert all(p <= 0 for p in turn["logprobs"])
+        for problem in {r["problem"] for r in records}:
+            group = [r for r in records if r["problem"] == problem]
+            mean = sum(r["reward"] for r in group) / 8
+            if len({r["reward"] for r in group}) > 1:
+                assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group])
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "dro", "gspo"])
+def test_every_loss_takes_a_step(tmp_path: Path, loss: str) -> None:
+    """A loss in the configuration that the loop cannot run is a trap."""
+    session = open_session(config_of(tmp_path, rl={"steps": 1, "loss": loss}), tmp_path / "run")
+    run_session(session)
+    assert session.run.metrics()[1]["optim/grad_norm"] > 0
+
+
+def test_wrong_loss_setting_is_named(tmp_path: Path) -> None:
+    """A misspelt threshold must not be ignored."""
+    session = open_session(config_of(tmp_path, rl={"loss": "ppo", "loss_config": {"clip_hi": 1.0}}), tmp_path / "run")
+    with pytest.raises(RequestError, match="clip_hi"):
+        run_session(session)
+
+
+@pytest.mark.parametrize(("fault", "words"), [("constant", "no group of the last 2 steps"), ("solved", "every group of the last 2 steps was solved")])
+def test_constant_groups_are_dropped_and_the_run_stops(tmp_path: Path, fault: str, words: str) -> None:
+    """Hours of steps without one bit of reward look like training and are none."""
+    config = config_of(tmp_path, fault, every=1, rl={"steps": 50, "max_useless_steps": 2})
+    session = open_session(config, tmp_path / "run")
+    result = run_session(session)
+    assert result.stopped is not None
+    assert words in result.stopped
+    metrics = session.run.metrics()
+    assert len(metrics) == 3
+    for m in metrics[1:]:
+        assert (m["groups/dropped"], m["bits"], m["by_group/frac_mixed"], m["adapter/version"]) == (2, 0, 0, 0)
+        assert "optim/grad_norm" not in m
+    assert "eval/solved" in metrics[-1]
+    assert all(r["advantage"] is None for r in rollouts(tmp_path / "run", 1))
+
+
+FAULTS = [
+    ("raise", "step raised KeyError"),
+    ("nan", "finite number"),
+    ("inf", "finite number"),
+    ("none", "reward None"),
+    ("spin", "step took longer than 0.3 s"),
+    ("sleep", "step took longer than 0.3 s"),
+    ("first_raise", "initial_observation raised OSError"),
+    ("first_none", "initial_observation"),
+    ("no_result", "step"),
+    ("bad_metrics", "step"),
+    ("sync_raise", "ValueError"),
+    ("no_env", "no problem today"),
+]
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS)
+def test_a_failing_minority_is_recorded_and_counted(tmp_path: Path, fault: str, words: str) -> None:
+    """One bad episode in four must not end a night's run, nor be trained on, nor vanish."""
+    session = open_session(config_of(tmp_path, fault, rl={"steps": 1}), tmp_path / "run")
+    run_session(session)
+    metrics = session.run.metrics()
+    assert metrics[0]["eval/failed"] == 1
+    assert (metrics[1]["failed"], metrics[1]["episodes"]) == (2, 8)
+    records = rollouts(tmp_path / "run", 1)
+    failed = [r for r in records if r["error"] is not None]
+    assert len(failed) == 2
+    assert all(words in r["error"] and r["advantage"] is None for r in failed)
+    finished = [r["reward"] for r in records if r["error"] is None]
+    assert metrics[1]["reward/total"] == pytest.approx(sum(finished) / 6)
+
+
+@pytest.mark.parametrize("fault", ["raise", "none"])
+def test_a_failing_majority_ends_the_run(tmp_path: Path, fault: str) -> None:
+    """A broken grader must not burn a night."""
+    session = open_session(config_of(tmp_path, fault, every=1), tmp_path / "run")
+    with pytest.raises(RunError, match=r"4 of 4 rollouts failed, more than env.max_failed_share = 0.5; the first: step") as caught:
+        run_session(session)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_share_is_judged_at_each_step(tmp_path: Path) -> None:
+    """A limit of a quarter bears a quarter and not more."""
+    run_session(open_session(config_of(tmp_path, "raise", rl={"steps": 1}, env={"max_failed_share": 0.25}), tmp_path / "bears"))
+    with pytest.raises(RunError, match="rollouts failed"):
+        run_session(open_session(config_of(tmp_path, "raise", rl={"steps": 1}, env={"max_failed_share": 0.2}), tmp_path / "ends"))
+
+
+# ---------------------------------------------------------------- fault injection: nothing is trained, or not what was sampled
+
+
+def test_learning_rate_zero_is_caught(tmp_path: Path) -> None:
+    """A run that trains nothing fails at once."""
+    session = open_session(config_of(tmp_path, rl={"learning_rate": 0.0, "steps": 5}), tmp_path / "run")
+    with pytest.raises(AttestationError, match="learning rate is 0"):
+        run_session(session)
+    assert [m["step"] for m in session.run.metrics()] == [0]
+
+
+def test_stale_weights_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(a) Publishing does nothing: the sampler goes on with the first weights."""
+    session = open_session(config_of(tmp_path, rl={"steps": 3}), tmp_path / "run")
+    publish = type(engine_of(session)._stack.rows).publish
+    calls = []
+
+    def only_once(rows: Any, slot: int) -> None:
+        calls.append(slot)
+        if len(calls) <= 2:  # its creation, and the first call of the loop
+            publish(rows, slot)
+
+    monkeypatch.setattr(type(engine_of(session)._stack.rows), "publish", only_once)
+    with pytest.raises(AttestationError, match="changed nothing that is sampled"):
+        run_session(session)
+
+
+def test_weights_stale_behind_a_true_digest_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(a) The published digest is right, yet the sampler's copy is put back to the old weights."""
+    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
+    engine = engine_of(session)
+    true_publish = engine._publish
+
+    def publish_and_put_back(name: str) -> Adapter:
+        row = engine._stack.rows.published[engine._slot(name).slot]
+        old = row.clone()
+        adapter = true_publish(name)
+        if old.any():
+            row.copy_(old)
+        return adapter
+
+    monkeypatch.setattr(engine, "_publish", publish_and_put_back)
+    with pytest.raises(AttestationError, match="do not run the same weights"):
+        run_session(session)
+    assert [m["step"] for m in session.run.metrics()] == [0, 1]
+
+
+def test_a_sampler_that_ignores_the_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(b) The adapter is loaded, named and never applied: the commonest silent failure of LoRA servers."""
+    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
+    stack = engine_of(session)._stack
+    leaves = stack._leaves
+    monkeypatch.setattr(stack, "_leaves", lambda slot, train: leaves(slot, train) if train else None)
+    with pytest.raises(AttestationError, match="do not run the same weights"):
+        run_session(session)
+    assert [m["step"] for m in session.run.metrics()] == [0, 1]
+
+
+def test_a_client_that_forgets_the_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(b) Requests go to the base: the samples say so, and are not what is to be trained."""
+    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
+    engine = engine_of(session)
+    sample = engine.sample
+    monkeypatch.setattr(engine, "sample", lambda prompt, adapter, params, n=1: sample(prompt, None, params, n))
+    with pytest.raises(AttestationError):
+        run_session(session)
+    assert len(session.run.metrics()) <= 2
+
+
+def test_an_adapter_changed_behind_the_loop_is_caught(tmp_path: Path) -> None:
+    """Training weights that move without an optimizer step are not those that were sampled."""
+    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
+    rows = engine_of(session)._stack.rows
+
+    def disturb(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 1:
+            engine_of(session)._stack.rows.training.mul_(1.5)
+
+    session.on_step = disturb
+    with pytest.raises(AttestationError, match="do not run the same weights"):
+        run_session(session)
+    assert rows is not None
+
+
+def test_a_base_changed_in_place_is_caught(tmp_path: Path) -> None:
+    """(c) The base is bit for bit the same after a run, or the run has failed."""
+    session = open_session(config_of(tmp_path), tmp_path / "run")
+
+    def disturb(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 1:
+            with torch.no_grad():
+                next(engine_of(session).base.model.parameters())[0, 0] += 1e-3
+
+    session.on_step = disturb
+    with pytest.raises(AttestationError, match="the base changed"):
+        run_session(session)
+
+
+def test_samples_of_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts of another adapter must not be trained on, whatever their log-probabilities."""
+    session = open_session(config_of(tmp_path), tmp_path / "run")
+    to_data = rl.trajectory_to_data
+
+    def forged(trajectory: Any, advantage: float) -> list[Any]:
+        data = to_data(trajectory, advantage)
+        for datum in data:
+            object.__setattr__(datum.adapter, "digest", "0" * 64)
+        return data
+
+    monkeypatch.setattr(rl, "trajectory_to_data", forged)
+    with pytest.raises(AttestationError, match="these samples come from"):
+        run_session(session)
