@@ -40,7 +40,9 @@ def test_python_examples_run(tmp_path: Path) -> None:
     """The environment example trains, and the library example samples."""
     environment, library = blocks("python")
     (tmp_path / "env.py").write_text(environment)
-    (tmp_path / "mine.toml").write_text('[env]\nname = "env.py:short_answers"\n[rl]\nsteps = 2\ngroups_per_batch = 2\n[eval]\nproblems = 8\n')
+    (tmp_path / "mine.toml").write_text(
+        '[env]\nname = "env.py:short_answers"\n[rl]\nsteps = 2\ngroups_per_batch = 2\n[eval]\nproblems = 8\n'
+    )
     done = veneer(["train", "mine.toml"], tmp_path)
     assert done.returncode == 0, done.stderr
     done = subprocess.run([sys.executable, "-c", library], cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -152,7 +152,9 @@ def test_descent_raises_rewarded_and_lowers_punished_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ppo", "gspo"])
-@pytest.mark.parametrize(("ratio", "advantage", "alive"), [(1.19, 1, 1), (1.21, 1, 0), (0.81, -1, 1), (0.79, -1, 0), (5, -1, 1), (0.1, 1, 1)])
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "alive"), [(1.19, 1, 1), (1.21, 1, 0), (0.81, -1, 1), (0.79, -1, 0), (5, -1, 1), (0.1, 1, 1)]
+)
 def test_default_thresholds_are_on_the_ratio_itself(name: str, ratio: float, advantage: float, alive: int) -> None:
     """0.8 and 1.2 as ratios, not as 1 - eps and 1 + eps."""
     _, gradient, clipped = evaluate(name, inputs([math.log(ratio) - 1], [-1.0], [float(advantage)]))

@@ -121,7 +121,11 @@ def test_calculator_ends() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(), st.text("0123456789+* ().-_einfx"), st.none(), st.integers(), st.lists(st.text()), st.dictionaries(st.text(), st.text())))
+@given(
+    st.one_of(
+        st.text(), st.text("0123456789+* ().-_einfx"), st.none(), st.integers(), st.lists(st.text()), st.dictionaries(st.text(), st.text())
+    )
+)
 def test_calculate_never_evaluates(expression: object) -> None:
     """The model writes this text; whatever it is, no code runs and the answer is digits or a word."""
     answer = calculate(expression)

@@ -44,7 +44,9 @@ def test_generation_prompt_is_the_tokenizers_own(messages: list[Message], tools:
     """A prompt that differs by one token from what the base was trained on costs accuracy silently."""
     ours = NANO.build_generation_prompt(messages, tools)
     raw = [dict(m) for m in messages]
-    theirs = NANO.tokenizer.apply_chat_template(raw, tools=list(tools) or None, tokenize=True, add_generation_prompt=True, return_dict=False)
+    theirs = NANO.tokenizer.apply_chat_template(
+        raw, tools=list(tools) or None, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
     assert ours.dtype == np.int64
     assert ours.tolist() == list(theirs)
 
@@ -150,8 +152,16 @@ def test_extend_twice_is_the_text_of_three_turns() -> None:
             True,
             {"content": '<tool_call>\n{"name": "calculator", "arguments": {\n</tool_call>'},
         ),
-        ('<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>', False, {"content": '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>'}),
-        ('<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>', False, {"content": '<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>'}),
+        (
+            '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>',
+            False,
+            {"content": '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>'},
+        ),
+        (
+            '<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>',
+            False,
+            {"content": '<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>'},
+        ),
         ("<tool_call>\n[1]\n</tool_call>", False, {"content": "<tool_call>\n[1]\n</tool_call>"}),
         ('<tool_call>\n{"name": "x"', False, {"content": '<tool_call>\n{"name": "x"'}),
     ],
@@ -170,7 +180,9 @@ def test_parse_response_never_raises(tokens: list[int], stopped: bool) -> None:
     assert all(isinstance(call["arguments"], dict) for call in message.get("tool_calls", []))
 
 
-@pytest.mark.parametrize("last", [{"role": "assistant", "content": "408"}, {**CALLING}, {"role": "assistant", "content": "408", "reasoning_content": "12*34"}])
+@pytest.mark.parametrize(
+    "last", [{"role": "assistant", "content": "408"}, {**CALLING}, {"role": "assistant", "content": "408", "reasoning_content": "12*34"}]
+)
 @pytest.mark.parametrize("before", [[USER], CONVERSATIONS[4], CONVERSATIONS[2]])
 def test_supervised_example_is_the_templates_text(before: list[Message], last: Message) -> None:
     """SFT on another text than the one that is sampled later teaches the wrong thing."""

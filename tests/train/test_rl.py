@@ -80,7 +80,9 @@ def test_wrong_loss_setting_is_named(tmp_path: Path) -> None:
         run_session(session)
 
 
-@pytest.mark.parametrize(("fault", "words"), [("constant", "no group of the last 2 steps"), ("solved", "every group of the last 2 steps was solved")])
+@pytest.mark.parametrize(
+    ("fault", "words"), [("constant", "no group of the last 2 steps"), ("solved", "every group of the last 2 steps was solved")]
+)
 def test_constant_groups_are_dropped_and_the_run_stops(tmp_path: Path, fault: str, words: str) -> None:
     """Hours of steps without one bit of reward look like training and are none."""
     config = config_of(tmp_path, fault, every=1, rl={"steps": 50, "max_useless_steps": 2})

@@ -47,7 +47,16 @@ class Base(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+        """The unembedding."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise BaseError(f"{type(self.model).__name__} has no unembedding: it is no causal language model")
+        return head
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text with special tokens spelled out; needs the tokenizer."""
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def measure_digest(self) -> str:
         return tensor_digest([*self.model.named_parameters(), *self.model.named_buffers()])
@@ -100,4 +109,4 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
             f"base {name!r} cannot be loaded ({type(error).__name__}: {first_line}); give a Hugging Face name or a folder with "
             f"config.json, *.safetensors and a tokenizer"
         ) from error
-    return Base(Path(name).name if Path(source).is_dir() else name, model.to(device), tokenizer)
+    return Base(Path(name).name if Path(source).is_dir() else name, model, tokenizer).to(device)

@@ -114,26 +114,25 @@ class LocalEngine:
         self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
     ) -> EngineFuture[list[Sample]]:
         self._check_prompt(prompt, params, n)
-        slot = None if adapter is None else self._slot(adapter).slot
-        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), slot, params, n, prompt_logprobs)
+        self._check_known(adapter)
+        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), None, params, n, prompt_logprobs)
         return self._enqueue(Request(adapter, EngineFuture(self.step), sample=request))
 
     def forward(
         self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
     ) -> EngineFuture[ForwardBackwardOutput]:
-        slot = None if adapter is None else self._slot(adapter).slot
-        return self._enqueue_pass(adapter, PassRequest(slot, data, loss_fn, dict(loss_config or {}), backward=False))
+        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False))
 
     def forward_backward(
         self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
     ) -> EngineFuture[ForwardBackwardOutput]:
-        slot = self._slot(adapter)
         for datum in data:
             if datum.adapter is not None:
-                self._check_provenance(slot, adapter, datum.adapter)
-        return self._enqueue_pass(adapter, PassRequest(slot.slot, data, loss_fn, dict(loss_config or {}), backward=True))
+                self._check_provenance(self._slot(adapter), adapter, datum.adapter)
+        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True))
 
     def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
+        self._check_known(adapter)
         resolve_loss(request.loss_fn, request.loss_config)
         for i, datum in enumerate(request.data):
             if len(datum.tokens) > self.context_length:
@@ -144,6 +143,11 @@ class LocalEngine:
                     raise DataError(f"datum {i}: {name} must be from 0 to {self.base.vocab_size - 1}")
         return self._enqueue(Request(adapter, EngineFuture(self.step), train=request))
 
+    def _check_known(self, adapter: str | None) -> None:
+        """The adapter is here, or a load that will bring it is queued."""
+        if adapter is not None and not any(request.adapter == adapter for request in self._queue):
+            self._slot(adapter)
+
     def _check_prompt(self, prompt: Tokens, params: SamplingParams, n: int) -> None:
         if not 0 < len(prompt) < self.context_length:
             raise DataError(
@@ -151,6 +155,8 @@ class LocalEngine:
             )
         if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
             raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
+        if params.stop and self.base.tokenizer is None:
+            raise RequestError("stop texts need the base's tokenizer, and this base was made without one; use stop_token_ids")
         if n < 1 or params.max_tokens < 0:
             raise RequestError("n must be at least 1 and max_tokens at least 0")
         if params.temperature < 0 or params.top_k < 0 or not 0 < params.top_p <= 1:
@@ -268,9 +274,22 @@ class LocalEngine:
         for request in now:
             if request.barrier is not None:
                 _answer(request.future, request.barrier)
-        self._run_samples([r for r in now if r.sample is not None])
-        self._run_passes([r for r in now if r.train is not None])
+        passes = [r for r in now if r.barrier is None and self._bind(r)]
+        self._run_samples([r for r in passes if r.sample is not None])
+        self._run_passes([r for r in passes if r.train is not None])
         return len(now)
+
+    def _bind(self, request: Request) -> bool:
+        """Look the adapter's slot up now: a load that was queued ahead may have moved it. False: it is gone, and the future says so."""
+        try:
+            slot = None if request.adapter is None else self._slot(request.adapter).slot
+        except AdapterError as error:
+            request.future.set_error(error)
+            return False
+        for work in (request.sample, request.train):
+            if work is not None:
+                work.slot = slot
+        return True
 
     def _run_samples(self, requests: list[Request]) -> None:
         if not requests:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from veneer.engine.sampler import SampleRequest
@@ -58,8 +58,6 @@ class Request:
     sample: SampleRequest | None = None
     train: PassRequest | None = None
     barrier: Callable[[], Any] | None = None
-    prepare: Callable[[Request], None] = field(default=lambda request: None)
-    """Fills in what is only known when the request's turn comes."""
 
 
 def plan(queue: list[Request]) -> tuple[list[Request], list[Request]]:

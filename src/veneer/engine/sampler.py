@@ -38,6 +38,7 @@ class Weights(Protocol):
 class SampleRequest:
     prompt: Tokens
     slot: int | None
+    """Bound by the engine when the request's turn comes."""
     params: SamplingParams
     n: int
     prompt_logprobs: bool = False
@@ -245,8 +246,8 @@ def _decode(base: Base, weights: Weights, rows: list[Completion]) -> None:
             choose.select(kept)
             chosen, mask, position, draws = chosen[kept], mask[kept], position[kept], draws[:, kept]
         position = position + 1
-        attention = mask[:, : width + step + 1] if padded else None
-        if padded and plain:  # as sdpa takes it: no need for transformers to build it anew each step
+        attention: Tensor | None = mask[:, : width + step + 1] if padded else None
+        if attention is not None and plain:  # as sdpa takes it: no need for transformers to build it anew each step
             attention = attention[:, None, None, :].bool()
         logits = weights.call(
             _segments(rows),
@@ -275,6 +276,6 @@ def _ends_with_stop(base: Base, row: Completion) -> bool:
     if not row.request.params.stop:
         return False
     longest = max(len(text.encode()) for text in row.request.params.stop)
-    tail = base.tokenizer.decode(row.tokens[-longest:], skip_special_tokens=False)
-    before = base.tokenizer.decode(row.tokens[-longest:-1], skip_special_tokens=False)
+    tail = base.decode(row.tokens[-longest:])
+    before = base.decode(row.tokens[-longest:-1])
     return any(text in tail and text not in before for text in row.request.params.stop)

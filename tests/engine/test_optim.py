@@ -1,0 +1,287 @@
+"""Adam on rows, accumulation, and full fine-tuning, against torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from engine_tools import (
+    FREE,
+    add_random_adapter,
+    datum,
+    full_engine,
+    gradients,
+    lora_engine,
+    prompt,
+    relative_error,
+    row_bytes,
+    slot_of,
+    target_logprobs,
+)
+
+from veneer.engine.lora import Segment
+from veneer.engine.rows import Rows
+from veneer.types import AdamParams, Datum, LoraConfig, RequestError, RunError
+
+X = LoraConfig(rank=4, alpha=8)
+
+
+def rows_with(weights: torch.Tensor) -> tuple[Rows, int]:
+    rows = Rows(weights.numel(), torch.device("cpu"))
+    rows.claim()  # so that the slot is not the first
+    slot = rows.claim()
+    rows.training[slot].copy_(weights)
+    return rows, slot
+
+
+@pytest.mark.parametrize(
+    ("betas", "eps", "decay", "clip"),
+    [((0.9, 0.95), 1e-12, 0.0, 0.0), ((0.9, 0.999), 1e-8, 0.1, 0.0), ((0.5, 0.8), 1e-3, 0.01, 0.7), ((0.0, 0.9), 1e-8, 0.3, 100.0)],
+)
+def test_adam_equals_torch_adamw(betas: tuple[float, float], eps: float, decay: float, clip: float) -> None:
+    """Learning rates from papers only carry over if the optimizer is the one they used."""
+    torch.manual_seed(0)
+    start = torch.randn(50)
+    rows, slot = rows_with(start)
+    reference = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([reference], lr=1.0, betas=betas, eps=eps, weight_decay=decay)
+    for step in range(10):
+        rate, gradient = 0.05 * (1 - step / 10), torch.randn(50) * 10 ** (step % 3 - 1)
+        rows.grads[slot].copy_(gradient)
+        norm = rows.adam(slot, AdamParams(rate, *betas, eps, decay, clip))
+        assert norm == pytest.approx(float(gradient.norm()), rel=1e-6), "the norm is reported before clipping"
+        reference.grad = gradient.clone()
+        if clip:
+            torch.nn.utils.clip_grad_norm_([reference], clip)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        torch.testing.assert_close(rows.training[slot], reference.detach(), rtol=1e-6, atol=1e-6)
+        assert not rows.grads[slot].any()
+    assert rows.steps[slot] == 10
+    assert (rows.training[slot] - start).abs().max() > 0.1
+    assert not rows.training[0].any()
+
+
+def test_clipping_scales_the_gradient_to_the_norm() -> None:
+    """One wild batch must not throw a run away; a gradient inside the norm is left alone."""
+    for clip, wanted in ((1.0, torch.tensor([0.6, 0.8])), (10.0, torch.tensor([3.0, 4.0])), (0.0, torch.tensor([3.0, 4.0]))):
+        rows, slot = rows_with(torch.zeros(2))
+        rows.grads[slot].copy_(torch.tensor([3.0, 4.0]))
+        assert rows.adam(slot, AdamParams(beta1=0.0, grad_clip_norm=clip)) == 5.0
+        torch.testing.assert_close(rows.m[slot], wanted, rtol=1e-6, atol=0)
+
+
+def test_first_step_by_hand() -> None:
+    """With bias correction the first step is the learning rate against the sign, whatever the gradient's size."""
+    rows, slot = rows_with(torch.tensor([1.0, 1.0]))
+    rows.grads[slot].copy_(torch.tensor([100.0, -1e-3]))
+    rows.adam(slot, AdamParams(learning_rate=0.1, weight_decay=0.5))
+    torch.testing.assert_close(rows.training[slot], torch.tensor([0.95 - 0.1, 0.95 + 0.1]))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_gradient_that_is_not_finite_is_refused(poison: float) -> None:
+    """A NaN in the weights ends a run for good; the last good weights must survive, and training can go on."""
+    engine = lora_engine()
+    add_random_adapter(engine, "x", X, seed=1)
+    engine.forward_backward("x", [datum(9)], "cross_entropy")
+    engine.optim_step("x", AdamParams(1e-2)).result()
+    before = row_bytes(engine, "x")
+    bad = dataclasses.replace(datum(9), advantages=np.full(9, poison, np.float32))
+    engine.forward_backward("x", [bad], "importance_sampling").result()
+    with pytest.raises(RunError, match="finite"):
+        engine.optim_step("x", AdamParams(1e-2)).result()
+    assert row_bytes(engine, "x") == before
+    engine.forward_backward("x", [datum(9)], "cross_entropy")
+    assert engine.optim_step("x", AdamParams(1e-2)).result()["version"] == 2
+    assert torch.isfinite(engine._stack.rows.training).all()
+
+
+def test_step_without_a_gradient_is_an_error() -> None:
+    """A run that trains nothing must fail at once, not report success."""
+    engine = lora_engine()
+    engine.create_adapter("x", X)
+    before = row_bytes(engine, "x")
+    with pytest.raises(RunError, match="without a gradient"):
+        engine.optim_step("x", AdamParams()).result()
+    engine.forward("x", [datum(9)], "cross_entropy").result()
+    with pytest.raises(RunError, match="without a gradient"):
+        engine.optim_step("x", AdamParams()).result()
+    masked = dataclasses.replace(datum(9), mask=np.zeros(9, np.float32))
+    engine.forward_backward("x", [masked], "cross_entropy").result()
+    with pytest.raises(RunError, match="without a gradient"):
+        engine.optim_step("x", AdamParams()).result()
+    engine.forward_backward("x", [datum(9)], "cross_entropy").result()
+    engine.optim_step("x", AdamParams()).result()
+    with pytest.raises(RunError, match="without a gradient"):
+        engine.optim_step("x", AdamParams()).result()
+    assert row_bytes(engine, "x") != before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"learning_rate": -1e-3}, {"learning_rate": math.nan}, {"learning_rate": math.inf}, {"beta1": 1.0}, {"beta2": 1.0}],
+    ids=lambda wrong: "-".join(f"{k}={v}" for k, v in wrong.items()),
+)
+def test_settings_that_ruin_the_weights_are_refused(wrong: dict[str, float]) -> None:
+    """One NaN from a schedule's division by zero must not replace the weights with NaN and count a version."""
+    engine = lora_engine()
+    engine.create_adapter("x", X)
+    engine.forward_backward("x", [datum(9)], "cross_entropy").result()
+    before = row_bytes(engine, "x", ("training", "m", "v"))
+    with pytest.raises(RequestError):
+        engine.optim_step("x", AdamParams(**wrong)).result()
+    assert row_bytes(engine, "x", ("training", "m", "v")) == before
+
+
+def test_one_batch_of_eight_is_eight_batches_of_one() -> None:
+    """Memory decides the batch; it must not decide the result."""
+    data = [datum(n, seed=n) for n in (3, 20, 8, 8, 14, 5, 27, 11)]
+    together, apart = lora_engine(), lora_engine()
+    for engine in (together, apart):
+        add_random_adapter(engine, "x", X, seed=1)
+    total = together.forward_backward("x", data, "importance_sampling").result()
+    losses = [apart.forward_backward("x", [row], "importance_sampling").result().metrics["loss:sum"] for row in data]
+    assert total.metrics["loss:sum"] == pytest.approx(sum(losses), rel=1e-6, abs=1e-5)
+    for key, gradient in gradients(apart, "x").items():
+        assert relative_error(gradients(together, "x")[key], gradient) < 1e-6, key
+
+
+def test_micro_batches_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting a large request to fit the machine changes sums by rounding only, and keeps answers in request order."""
+    data = [datum(n, seed=n) for n in (3, 20, 8, 14, 5, 27)]
+    outputs, found = [], []
+    for budget in (1024, 30):
+        engine = lora_engine()
+        add_random_adapter(engine, "x", X, seed=1)
+        calls: list[int] = []
+        engine.base.model.base_model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        monkeypatch.setattr("veneer.engine.trainer.TOKENS_PER_PASS", {"cpu": budget})
+        outputs.append(engine.forward_backward("x", data, "gspo").result())
+        found.append(gradients(engine, "x"))
+        assert len(calls) == 1 if budget == 1024 else len(calls) > 2
+    assert outputs[1].metrics == pytest.approx(outputs[0].metrics, rel=1e-5, abs=1e-6)
+    for one, many in zip(outputs[0].logprobs_D, outputs[1].logprobs_D, strict=True):
+        np.testing.assert_allclose(many, one, atol=1e-5, rtol=0)
+    for key, gradient in found[0].items():
+        assert relative_error(found[1][key], gradient) < 2e-6, key
+
+
+# ---------------------------------------------------------------- full fine-tuning
+
+
+def reference_loss(model, data: list[Datum]) -> torch.Tensor:
+    losses = []
+    for row in data:
+        ratio = (target_logprobs(model, row) - torch.from_numpy(row.logprobs)).exp()
+        losses.append(-(torch.from_numpy(row.mask) * ratio * torch.from_numpy(row.advantages)).sum())
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2"])
+def test_full_fine_tuning_equals_plain_torch(architecture: str) -> None:
+    """The comparison arm must be what anyone would write by hand, or every LoRA-versus-full table is wrong."""
+    engine, model = full_engine(architecture), random_model(architecture).requires_grad_(True)
+    assert engine.create_adapter("x", None) == sum(p.numel() for p in model.parameters())
+    data = [datum(n, seed=n) for n in (12, 5, 19)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    reference_loss(model, data).backward()
+    engine.forward_backward("x", data, "importance_sampling").result()
+    found = gradients(engine, "x")
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert relative_error(found[name], parameter.grad) < 1e-5, name
+    # torch's step with the engine's gradient: where a gradient is about 0, Adam's first step is its sign and rounding would decide it
+    for name, parameter in model.named_parameters():
+        parameter.grad = found[name]
+    optimizer.step()
+    engine.optim_step("x", AdamParams(1e-3, 0.9, 0.95, 1e-8, 0.1)).result()
+    weights = engine.save_state("x").result().weights
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(weights[name], parameter.detach().numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
+    ids = torch.from_numpy(prompt(10))[None]
+    with torch.no_grad():
+        trained = engine._stack.call([Segment(slot_of(engine, "x"), 1)], train=True, selected=torch.ones_like(ids).bool(), input_ids=ids)
+        torch.testing.assert_close(trained, model(input_ids=ids).logits[0], rtol=0, atol=1e-5)
+
+
+def test_full_fine_tuning_leaves_the_base_alone() -> None:
+    """Slot None is the control of every comparison."""
+    engine, untouched = full_engine(), random_model("qwen3")
+    engine.create_adapter("x", None)
+    ids = torch.from_numpy(prompt(10))[None]
+    everywhere = torch.ones_like(ids).bool()
+    for _ in range(3):
+        engine.forward_backward("x", [datum(12)], "cross_entropy")
+        engine.optim_step("x", AdamParams(1e-2)).result()
+    engine.publish("x").result()
+    assert engine.measure_base_digest() == engine.base_digest
+    with torch.no_grad():
+        wanted = untouched(input_ids=ids).logits[0]
+        base, tuned = (
+            engine._stack.call([Segment(slot, 1)], train=False, selected=everywhere, input_ids=ids) for slot in (None, slot_of(engine, "x"))
+        )
+    assert torch.equal(base, wanted)
+    assert (tuned - wanted).abs().max() > 0.1
+
+
+def test_full_copies_keep_apart() -> None:
+    """Two copies and the base in one step: each as if alone."""
+    mixed = full_engine()
+    for name in "ab":
+        mixed.create_adapter(name, None)
+    futures = {name: mixed.forward_backward(name, [datum(9, i), datum(4, i)], "cross_entropy") for i, name in enumerate("ab")}
+    base = mixed.forward(None, [datum(6)], "cross_entropy")
+    mixed.step()
+    for i, name in enumerate("ab"):
+        alone = full_engine()
+        alone.create_adapter(name, None)
+        wanted = alone.forward_backward(name, [datum(9, i), datum(4, i)], "cross_entropy").result()
+        assert futures[name].result().metrics == pytest.approx(wanted.metrics, rel=1e-6)
+        reference = gradients(alone, name)
+        for key, gradient in gradients(mixed, name).items():
+            if reference[key].any():
+                assert relative_error(gradient, reference[key]) < 1e-6, key
+            else:
+                assert not gradient.any()
+    assert base.done()
+    before = row_bytes(mixed, "b")
+    mixed.optim_step("a", AdamParams(1e-2)).result()
+    mixed.publish("a").result()
+    assert row_bytes(mixed, "b") == before
+    ours, theirs, plain = (mixed.sample(prompt(6), name, FREE).result()[0] for name in ("a", "b", None))
+    assert theirs.tokens.tolist() == plain.tokens.tolist()
+    assert not np.array_equal(ours.logprobs, plain.logprobs)
+
+
+def test_full_sampler_scores_as_its_trainer() -> None:
+    """The comparison arm samples from the weights it trains."""
+    engine = full_engine()
+    engine.create_adapter("x", None)
+    engine.forward_backward("x", [datum(12)], "cross_entropy")
+    engine.optim_step("x", AdamParams(1e-2))
+    published = engine.publish("x").result()
+    ids = prompt(7)
+    (sample,) = engine.sample(ids, "x", FREE).result()
+    assert sample.adapter == published
+    row = np.concatenate([ids, sample.tokens])
+    zeros, ones = np.zeros(len(row) - 1, np.float32), np.ones(len(row) - 1, np.float32)
+    scored = engine.forward("x", [Datum(row[:-1], row[1:], zeros, zeros, ones)], "cross_entropy").result().logprobs_D[0]
+    np.testing.assert_allclose(scored[len(ids) - 1 :], sample.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_training_lowers_the_loss(kind: str) -> None:
+    """The whole loop learns: a fixed row is memorised."""
+    engine = lora_engine() if kind == "lora" else full_engine()
+    engine.create_adapter("x", LoraConfig(rank=8) if kind == "lora" else None)
+    row = datum(12)
+    first = engine.forward("x", [row], "cross_entropy").result().metrics["loss:sum"]
+    for _ in range(12):
+        engine.forward_backward("x", [row], "cross_entropy")
+        engine.optim_step("x", AdamParams(1e-2)).result()
+    assert engine.forward("x", [row], "cross_entropy").result().metrics["loss:sum"] < 0.5 * first

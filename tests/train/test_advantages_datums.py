@@ -1,0 +1,143 @@
+"""Rewards to advantages and trajectories to datums: where off-by-one errors would live."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.train.advantages import ADVANTAGES, group_mean, is_constant
+from veneer.train.datums import supervised_datum, trajectory_to_data
+from veneer.types import Adapter, DataError, Datum, Sample, Trajectory, Transition
+
+ADAPTER = Adapter("a", 1, "d" * 64, "base", "b" * 64)
+REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=16)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@given(rewards=REWARDS)
+def test_advantages_sum_to_zero_and_keep_the_order(name: str, rewards: list[float]) -> None:
+    """A group's advantages that do not cancel push all of its answers up or down."""
+    advantages = ADVANTAGES[name](rewards)
+    assert len(advantages) == len(rewards)
+    assert abs(math.fsum(advantages)) < 1e-9 * max(1, max(map(abs, rewards))) * len(rewards)
+    for i in range(len(rewards) - 1):
+        low, high = sorted((i, i + 1), key=lambda k: rewards[k])
+        assert advantages[low] <= advantages[high]
+
+
+def test_group_mean_does_not_rescale() -> None:
+    """Dividing by the deviation would favour the groups that are nearly all right or all wrong."""
+    assert group_mean([1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
+
+
+@pytest.mark.parametrize(("rewards", "constant"), [([], True), ([1.0], True), ([0.5, 0.5], True), ([0.0, -0.0], True), ([0.0, 1.0], False)])
+def test_is_constant(rewards: list[float], constant: bool) -> None:
+    """Groups without two different rewards carry no bits."""
+    assert is_constant(rewards) is constant
+
+
+def turn(
+    prompt: Sequence[int], sampled: Sequence[int], logprobs: Sequence[float] | None = None, adapter: Adapter | None = ADAPTER
+) -> Transition:
+    floats = np.array([-0.01 * t for t in sampled] if logprobs is None else logprobs, np.float32)
+    sample = Sample(np.array(sampled, np.int64), floats, "stop", "base", adapter)
+    return Transition(np.array(prompt, np.int64), sample, {"role": "assistant", "content": ""}, 0.0)
+
+
+def check_row(datum: Datum, whole: Sequence[int], sampled: dict[int, float], advantage: float) -> None:
+    """``sampled``: position in ``whole`` -> log-probability. Targets are the tokens one to the right."""
+    assert datum.tokens.tolist() == list(whole[:-1])
+    assert datum.targets.tolist() == list(whole[1:])
+    for i in range(len(whole) - 1):
+        hit = i + 1 in sampled
+        assert datum.mask[i] == (1.0 if hit else 0.0)
+        assert datum.advantages[i] == (np.float32(advantage) if hit else 0.0)
+        assert datum.logprobs[i] == (np.float32(sampled[i + 1]) if hit else 0.0)
+    assert (datum.tokens.dtype, datum.targets.dtype) == (np.int64, np.int64)
+    assert {datum.logprobs.dtype, datum.advantages.dtype, datum.mask.dtype} == {np.dtype(np.float32)}
+
+
+def test_one_turn() -> None:
+    """The one-token shift, by hand: the last prompt token predicts the first sampled one."""
+    (datum,) = trajectory_to_data(Trajectory([turn([5, 6, 7], [8, 9], [-0.5, -0.25])], 1.0), 0.75)
+    assert datum.tokens.tolist() == [5, 6, 7, 8]
+    assert datum.targets.tolist() == [6, 7, 8, 9]
+    assert datum.mask.tolist() == [0, 0, 1, 1]
+    assert datum.logprobs.tolist() == [0, 0, -0.5, -0.25]
+    assert datum.advantages.tolist() == [0, 0, 0.75, 0.75]
+    assert datum.adapter == ADAPTER
+
+
+TOKENS = st.lists(st.integers(1, 90), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(first=TOKENS, turns=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), advantage=st.floats(-5, 5, width=32))
+def test_turns_that_extend_are_one_row(first: list[int], turns: list[tuple[list[int], list[int]]], advantage: float) -> None:
+    """Each sampled token is trained once, at its place, and nothing that the environment said is."""
+    whole, transitions, sampled = list(first), [], {}
+    for said, answered in turns:
+        step = turn(whole, said)
+        sampled |= {len(whole) + i: float(p) for i, p in enumerate(step.sample.logprobs)}
+        transitions.append(step)
+        whole += said
+        end = len(whole)
+        whole += answered
+    (datum,) = trajectory_to_data(Trajectory(transitions, 1.0), advantage)
+    check_row(datum, whole[:end], sampled, advantage)
+    assert datum.mask.sum() == sum(len(said) for said, _ in turns)
+
+
+@settings(deadline=None)
+@given(first=TOKENS, said=TOKENS, answered=TOKENS, again=TOKENS, at=st.integers(0, 10))
+def test_turns_that_do_not_extend_are_two_rows(first: list[int], said: list[int], answered: list[int], again: list[int], at: int) -> None:
+    """A history that was written anew is another text; its tokens must not be glued to the old ones."""
+    changed = [*first, *said, *answered]
+    changed[at % (len(first) + len(said))] = 95
+    one, two = turn(first, said), turn(changed, again)
+    data = trajectory_to_data(Trajectory([one, two], 1.0), 0.5)
+    assert len(data) == 2
+    check_row(data[0], first + said, {len(first) + i: float(p) for i, p in enumerate(one.sample.logprobs)}, 0.5)
+    check_row(data[1], changed + again, {len(changed) + i: float(p) for i, p in enumerate(two.sample.logprobs)}, 0.5)
+
+
+def test_a_shorter_prompt_is_a_new_row() -> None:
+    """A history that was cut off does not extend."""
+    assert len(trajectory_to_data(Trajectory([turn([1, 2, 3], [4]), turn([1, 2], [5])], 1.0), 1.0)) == 2
+
+
+def test_versions_do_not_share_a_row() -> None:
+    """A row names one version of one adapter; a turn of another must not hide in it."""
+    newer = Adapter("a", 2, "e" * 64, "base", "b" * 64)
+    data = trajectory_to_data(Trajectory([turn([1], [2]), turn([1, 2, 3], [4], adapter=newer)], 1.0), 1.0)
+    assert [d.adapter for d in data] == [ADAPTER, newer]
+    assert [d.mask.sum() for d in data] == [1, 1]
+
+
+def test_no_turns_no_data() -> None:
+    """An episode that never began has nothing to train."""
+    assert trajectory_to_data(Trajectory([], 0.0), 1.0) == []
+
+
+@given(prompt=TOKENS, answer=TOKENS)
+def test_supervised_loss_is_on_the_answer_alone(prompt: list[int], answer: list[int]) -> None:
+    """A model that is trained on questions learns to ask them."""
+    datum = supervised_datum(np.array(prompt, np.int64), np.array(answer, np.int64))
+    assert datum.tokens.tolist() == (prompt + answer)[:-1]
+    assert datum.targets[datum.mask == 1].tolist() == answer
+    assert datum.mask.sum() == len(answer)
+    assert datum.adapter is None
+
+
+def test_datum_refuses_ragged_arrays() -> None:
+    """Arrays of different lengths would be padded into nonsense."""
+    i, f = np.zeros(3, np.int64), np.zeros(3, np.float32)
+    with pytest.raises(DataError, match="one length"):
+        Datum(i, i, f, f, f[:2])
+    with pytest.raises(DataError, match="at least 1"):
+        Datum(i[:0], i[:0], f[:0], f[:0], f[:0])
