@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import transformers as hf
-from conftest import random_model
 
+from conftest import random_model
 from veneer.engine import Base, FullEngine, LocalEngine, LoraEngine
 from veneer.types import Adapter, Checkpoint, Datum, LoraConfig, SamplingParams, Tokens
 

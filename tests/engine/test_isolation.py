@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES
 from engine_tools import FREE, add_random_adapter, datum, gradients, lora_engine, prompt, relative_error, row_bytes, slot_of, wide_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ARCHITECTURES
 from veneer.engine import LocalEngine
 from veneer.types import AdamParams, Datum, LoraConfig
 

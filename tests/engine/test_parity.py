@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_model
 from engine_tools import add_random_adapter, datum, gradients, lora_engine, prompt, relative_error, sampled_datum, slot_of, target_logprobs
 from peft import PeftModel
 
+from conftest import ARCHITECTURES, random_model
 from veneer.engine.lora import Segment
 from veneer.store.adapters import write_adapter
 from veneer.types import Floats, LoraConfig, SamplingParams

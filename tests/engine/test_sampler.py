@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_model
 from engine_tools import FREE, GREEDY, VOCAB, add_random_adapter, lora_engine, prompt
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from conftest import ARCHITECTURES, random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import LoraEngine, load_base
 from veneer.engine.sampler import Chooser, Completion, SampleRequest, truncate, uniforms
@@ -230,7 +230,8 @@ def test_none_means_the_models_own_end_and_empty_means_never() -> None:
     ended = [s for s in own if s.stop_reason == "stop"]
     assert 0 < len(ended) < n
     for sample in own:
-        assert (2 not in sample.tokens[:-1]) and (sample.stop_reason == "stop") == (sample.tokens[-1] == 2)
+        assert 2 not in sample.tokens[:-1]
+        assert (sample.stop_reason == "stop") == (sample.tokens[-1] == 2)
     assert all(len(s.tokens) == 12 and s.stop_reason == "length" for s in never)
     assert any(2 in s.tokens[:-1] for s in never)
     for one, other in zip(own, never, strict=True):

@@ -19,7 +19,7 @@ from veneer.store.files import veneer_home
 from veneer.store.registry import Registry
 from veneer.store.run import REPORT, SUMMARY, Run
 from veneer.train import rl, sft
-from veneer.train.config import RunConfig
+from veneer.train.config import LoraSettings, RunConfig
 from veneer.train.report import render_report
 from veneer.train.session import Session, stop_signals
 from veneer.types import AdapterError, Checkpoint, EnvDataset
@@ -72,10 +72,13 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
     """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary."""
     started = time.perf_counter()
     dataset = load_env(config.env.name, config.env.args) if config.kind == "rl" else None
+    machine = start(config.base, config.threads, config.weights)
+    init = machine.read(config.init) if config.init else None
+    if init is not None and init.config is not None:  # the adapter brings its own shape
+        shape = {key: value for key, value in dataclasses.asdict(init.config).items() if key != "seed"}
+        config = config.model_copy(update={"lora": LoraSettings(**shape)})
     run = Run(run_folder(config), config.to_toml())
     try:
-        machine = start(config.base, config.threads, config.weights)
-        init = machine.read(config.init) if config.init else None
         session = Session(machine.engine, machine.renderer, config, run, init, on_step)
         with stop_signals(session.stop):
             summary = asyncio.run(_loop(session, dataset))

@@ -39,7 +39,7 @@ class Base(nn.Module):
         eos = config.eos_token_id if eos is None else eos
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         self.digest = self.measure_digest()
-        self._head_is_plain = self._measure_head()
+        self.head_is_plain = self._measure_head()
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +73,7 @@ class Base(nn.Module):
         """
         if selected is None:
             logits = self.model(input_ids=input_ids, logits_to_keep=1, **kwargs).logits[:, -1]
-        elif self._head_is_plain:
+        elif self.head_is_plain:
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
             logits = self.head(hidden[selected])
         else:

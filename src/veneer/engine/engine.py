@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -48,7 +49,9 @@ class _Slot:
 
     slot: int
     config: LoraConfig | None
-    published: Adapter
+    version: int = 0
+    """Optimizer steps in the adapter's whole life; Adam's own count starts anew when only weights are loaded."""
+    published: Adapter | None = None
     digests: dict[int, str] = field(default_factory=dict)
     """version -> digest of everything that was ever published under this name."""
     pending_tokens: float = 0.0
@@ -88,8 +91,8 @@ class LocalEngine:
         if name in self._slots:
             raise AdapterError(f"there is an adapter {name!r} already")
         slot = self._stack.create(config)
-        self._slots[name] = _Slot(slot, config, self._describe(name, slot, self._stack.rows.published))
-        self._slots[name].digests[0] = self._slots[name].published.digest
+        self._slots[name] = _Slot(slot, config)
+        self._publish(name)
         count = self._stack.trainable_parameters(slot)
         if count == 0:
             raise AdapterError(f"adapter {name!r} has no trainable parameters")
@@ -104,9 +107,9 @@ class LocalEngine:
             raise AdapterError(f"there is no adapter {name!r}; loaded are: {', '.join(self._slots) or 'none'}")
         return self._slots[name]
 
-    def _describe(self, name: str, slot: int, stacked: torch.Tensor) -> Adapter:
-        digest = digest_arrays(self._arrays(slot, stacked))
-        return Adapter(name, self._stack.rows.steps[slot], digest, self.base_id, self.base_digest)
+    def _describe(self, name: str, stacked: torch.Tensor) -> Adapter:
+        slot = self._slot(name)
+        return Adapter(name, slot.version, digest_arrays(self._arrays(slot.slot, stacked)), self.base_id, self.base_digest)
 
     # ------------------------------------------------ passes
 
@@ -159,8 +162,8 @@ class LocalEngine:
             raise RequestError("stop texts need the base's tokenizer, and this base was made without one; use stop_token_ids")
         if n < 1 or params.max_tokens < 0:
             raise RequestError("n must be at least 1 and max_tokens at least 0")
-        if params.temperature < 0 or params.top_k < 0 or not 0 < params.top_p <= 1:
-            raise RequestError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1")
+        if not 0 <= params.temperature < math.inf or params.top_k < 0 or not 0 < params.top_p <= 1:
+            raise RequestError("temperature must be a number from 0, top_k must not be negative, and top_p must be above 0 and at most 1")
 
     def _check_provenance(self, slot: _Slot, name: str, sampled: Adapter) -> None:
         """A batch may only be trained by the adapter that sampled it, in a version that this engine published."""
@@ -174,8 +177,9 @@ class LocalEngine:
     # ------------------------------------------------ barriers
 
     def optim_step(self, adapter: str, params: AdamParams) -> EngineFuture[dict[str, float]]:
-        if params.learning_rate < 0:
-            raise RequestError("the learning rate must not be negative")
+        numbers = (params.learning_rate, params.eps, params.weight_decay, params.grad_clip_norm)
+        if not all(0 <= number < math.inf for number in numbers) or not (0 <= params.beta1 < 1 and 0 <= params.beta2 < 1):
+            raise RequestError(f"{params}: every number must be finite and not negative, and both betas below 1")
         return self._enqueue_barrier(adapter, lambda: self._optim_step(self._slot(adapter), params))
 
     def _optim_step(self, slot: _Slot, params: AdamParams) -> dict[str, float]:
@@ -189,7 +193,8 @@ class LocalEngine:
                 )
         slot.pending_tokens = 0
         norm = self._stack.rows.adam(slot.slot, params)
-        return {"grad_norm": norm, "version": float(self._stack.rows.steps[slot.slot])}
+        slot.version += 1
+        return {"grad_norm": norm, "version": float(slot.version)}
 
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
         return self._enqueue_barrier(adapter, lambda: self._publish(adapter))
@@ -197,7 +202,7 @@ class LocalEngine:
     def _publish(self, name: str) -> Adapter:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
-        slot.published = self._describe(name, slot.slot, self._stack.rows.published)  # of what will be sampled, not of what was meant
+        slot.published = self._describe(name, self._stack.rows.published)  # of what will be sampled, not of what was meant
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
 
@@ -211,9 +216,7 @@ class LocalEngine:
             optimizer = {f"m.{key}": array for key, array in self._arrays(slot.slot, rows.m).items()}
             optimizer |= {f"v.{key}": array for key, array in self._arrays(slot.slot, rows.v).items()}
             optimizer["step"] = np.array(rows.steps[slot.slot])
-        return Checkpoint(
-            kind, self._describe(name, slot.slot, rows.training), slot.config, self._arrays(slot.slot, rows.training), optimizer
-        )
+        return Checkpoint(kind, self._describe(name, rows.training), slot.config, self._arrays(slot.slot, rows.training), optimizer)
 
     def _arrays(self, slot: int, stacked: torch.Tensor) -> dict[str, np.ndarray]:
         return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, stacked).items()}
@@ -223,10 +226,8 @@ class LocalEngine:
 
     def _load_state(self, name: str, checkpoint: Checkpoint) -> None:
         if checkpoint.adapter.base_digest != self.base_digest:
-            made_for, here = (
-                f"{checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]})",
-                f"{self.base_id!r} ({self.base_digest[:12]})",
-            )
+            made_for = f"{checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]})"
+            here = f"{self.base_id!r} ({self.base_digest[:12]})"
             raise AdapterError(f"adapter {checkpoint.adapter.name!r} was made for base {made_for}; this one is {here}")
         slot = self._stack.create(checkpoint.config)
         try:
@@ -236,7 +237,7 @@ class LocalEngine:
             raise
         if name in self._slots:
             self.remove_adapter(name)
-        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter)
+        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version)
         self._publish(name)
 
     def _fill(self, slot: int, checkpoint: Checkpoint) -> None:
@@ -244,7 +245,7 @@ class LocalEngine:
         parts = [(rows.training, "", checkpoint.weights)]
         if checkpoint.kind == "training":
             parts += [(rows.m, "m.", checkpoint.optimizer), (rows.v, "v.", checkpoint.optimizer)]
-        rows.steps[slot] = int(checkpoint.optimizer["step"]) if checkpoint.kind == "training" else checkpoint.adapter.version
+        rows.steps[slot] = int(checkpoint.optimizer["step"]) if checkpoint.kind == "training" else 0
         for stacked, prefix, arrays in parts:
             named = self._stack.named(slot, stacked)
             for key, tensor in named.items():

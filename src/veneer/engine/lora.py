@@ -182,7 +182,7 @@ class LoraStack:
         leaves = [None if s.slot is None else self._leaves(s.slot, train) for s in segments]
         active = _Active([s.rows for s in segments], leaves) if any(leaves) else None
         self._active, self._head = active, active
-        if active is not None and selected is not None:  # the head sees chosen positions, not rows
+        if active is not None and selected is not None and self.base.head_is_plain:  # the head sees chosen positions, not rows
             counts = selected.sum(1).split(active.lengths)
             self._head = _Active([int(c.sum()) for c in counts], leaves)
         try:

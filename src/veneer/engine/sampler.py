@@ -86,7 +86,8 @@ def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = ordered.masked_fill(rank >= k, -torch.inf)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), -torch.inf)
+    outside = (before >= top_p[:, None]) & (top_p < 1)[:, None] & (rank > 0)  # rounding may take a sum of everything to 1 early
+    ordered = ordered.masked_fill(outside, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
 
 

@@ -49,7 +49,7 @@ def _reward(axes: Axes, metrics: Records) -> None:
     axes.fill_between(steps, low, _series(metrics, "eval/solved_high")[1], color="#06c", alpha=0.2, linewidth=0)
     axes.plot(*_series(metrics, "eval/solved"), color="#06c", marker="o", markersize=3, label="held out, 95%")
     axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def _entropy(axes: Axes, metrics: Records) -> None:
@@ -63,7 +63,7 @@ def _groups(axes: Axes, metrics: Records) -> None:
     good, bad = _series(metrics, "by_group/frac_all_good")[1], _series(metrics, "by_group/frac_all_bad")[1]
     axes.stackplot(steps, mixed, good, bad, labels=["useful", "all solved", "none solved"], colors=["#06c", "#bcd", "#ccc"])
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def _bits(axes: Axes, metrics: Records) -> None:

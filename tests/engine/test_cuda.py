@@ -1,0 +1,96 @@
+"""The parity checks on a GPU: a bfloat16 base under float32 adapters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from engine_tools import FREE, VOCAB, add_random_adapter, datum, gradients, prompt, sampled_datum, slot_of
+from peft import PeftModel
+
+from conftest import ARCHITECTURES, random_model
+from veneer.engine import Base, LocalEngine, LoraEngine
+from veneer.engine.lora import Segment
+from veneer.store.adapters import write_adapter
+from veneer.types import AdamParams, LoraConfig, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: bfloat16 parity on a GPU is not checked here")
+CONFIG = LoraConfig(rank=4, alpha=8)
+
+
+def cuda_model(architecture: str, dtype: torch.dtype):
+    return random_model(architecture).to("cuda", dtype)
+
+
+def cuda_engine(architecture: str, dtype: torch.dtype = torch.bfloat16) -> LocalEngine:
+    return LoraEngine(Base(architecture, cuda_model(architecture, dtype), None))
+
+
+def all_logits(engine: LocalEngine, slot: int | None, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        flat = engine._stack.call([Segment(slot, len(ids))], train=False, selected=torch.ones_like(ids).bool(), input_ids=ids)
+    return flat.view(*ids.shape, -1)
+
+
+def batch() -> torch.Tensor:
+    return torch.from_numpy(np.stack([prompt(21, seed) for seed in range(3)])).to("cuda")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fresh_adapter_is_the_base_bit_for_bit(architecture: str) -> None:
+    """In bfloat16 too an adapter of zeros adds exactly nothing."""
+    engine = cuda_engine(architecture)
+    engine.create_adapter("fresh", CONFIG)
+    ids = batch()
+    with torch.no_grad():
+        wanted = cuda_model(architecture, torch.bfloat16)(input_ids=ids).logits.float()
+    assert torch.equal(all_logits(engine, slot_of(engine, "fresh"), ids), wanted)
+    assert torch.equal(all_logits(engine, None, ids), wanted)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_on_a_gpu_equals_peft(architecture: str, tmp_path) -> None:
+    """Without bfloat16's rounding the GPU must agree with stock PEFT as closely as the CPU does."""
+    engine = cuda_engine(architecture, torch.float32)
+    add_random_adapter(engine, "x", CONFIG, seed=2)
+    write_adapter(tmp_path / "x", engine.save_state("x", "sampler").result(), {})
+    reference = PeftModel.from_pretrained(cuda_model(architecture, torch.float32), tmp_path / "x").eval()
+    ids = batch()
+    with torch.no_grad():
+        wanted = reference(input_ids=ids).logits
+    assert (all_logits(engine, slot_of(engine, "x"), ids) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_gradients_point_where_float32s_do(architecture: str) -> None:
+    """Rounding of the base may blur the gradient (bfloat16 has 8 bits), not turn it."""
+    flat = []
+    for dtype in (torch.bfloat16, torch.float32):
+        engine = cuda_engine(architecture, dtype)
+        add_random_adapter(engine, "x", CONFIG, seed=3)
+        engine.forward_backward("x", [datum(n, seed=n) for n in (24, 9, 17)], "cross_entropy").result()
+        found = gradients(engine, "x")
+        assert all(g.dtype == torch.float32 for g in found.values())
+        flat.append(torch.cat([found[key].reshape(-1) for key in sorted(found)]))
+    assert torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0) > 0.98
+    assert 0.9 < flat[0].norm() / flat[1].norm() < 1.1
+
+
+def test_a_life_on_the_gpu() -> None:
+    """Sample, train, publish, sample: logprobs agree within bfloat16, the base's digest stays, neighbours stay bitwise."""
+    engine = cuda_engine("qwen3")
+    digest = engine.base_digest
+    for i, name in enumerate("xy"):
+        add_random_adapter(engine, name, CONFIG, seed=i)
+    samples = engine.sample(prompt(9), "x", SamplingParams(max_tokens=16, stop_token_ids=()), n=4).result()
+    assert all(s.tokens.min() >= 0 and s.tokens.max() < VOCAB for s in samples)
+    data = [sampled_datum(prompt(9), s.tokens, s.logprobs, s.adapter) for s in samples]
+    output = engine.forward_backward("x", data, "importance_sampling").result()
+    assert output.metrics["ratio:mean"] == pytest.approx(1, abs=0.03)
+    rows = engine._stack.rows
+    kept = {field: getattr(rows, field)[slot_of(engine, "y")].cpu().clone() for field in ("training", "published", "m", "v")}
+    engine.optim_step("x", AdamParams(1e-2)).result()
+    published = engine.publish("x").result()
+    assert engine.sample(prompt(9), "x", FREE).result()[0].adapter == published
+    assert all(torch.equal(getattr(rows, field)[slot_of(engine, "y")].cpu(), tensor) for field, tensor in kept.items())
+    assert engine.measure_base_digest() == digest
