@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from engine_tools import FREE, VOCAB, add_random_adapter, datum, full_engine, lora_engine, prompt, row_bytes, sampled_datum, wide_engine
+from engine_tools import (
+    FREE,
+    VOCAB,
+    add_random_adapter,
+    datum,
+    full_engine,
+    lora_engine,
+    prompt,
+    row_bytes,
+    sampled_datum,
+    scrambled,
+    wide_engine,
+)
 
 from conftest import random_model
 from veneer.assets import NANO_FOLDER
@@ -157,23 +169,64 @@ def test_models_without_linear_maps_are_refused() -> None:
 
 def test_full_fine_tuning_is_no_adapter_of_a_lora_engine() -> None:
     """A config of None, or a checkpoint of a whole model, on the wrong kind of engine is a request error, not an assertion."""
-    engine = lora_engine()
+    engine, whole = lora_engine(), full_engine()
     with refused(AdapterError):
         engine.create_adapter("x", None)
-    whole = full_engine()
     whole.create_adapter("x", None)
     with refused(AdapterError):
         engine.load_state("x", whole.save_state("x").result()).result()
 
 
 def test_lora_is_no_adapter_of_a_full_engine() -> None:
-    """A LoraConfig that is silently ignored would make the comparison arm look like LoRA."""
+    """A thin checkpoint does not fit a whole model, and says so."""
     engine, thin = full_engine(), lora_engine()
     thin.create_adapter("x", SMALL)
     with refused(AdapterError):
         engine.load_state("x", thin.save_state("x").result()).result()
+
+
+def test_a_full_engine_does_not_ignore_a_lora_config() -> None:
+    """A LoraConfig that is silently ignored trains all weights where a thin adapter was asked for."""
     with refused(AdapterError):
-        engine.create_adapter("x", SMALL)
+        full_engine().create_adapter("x", SMALL)
+
+
+def dead_end_engine() -> LocalEngine:
+    """A model with an attention map that nothing ever calls."""
+    model = random_model("qwen3")
+    model.model.layers[1].self_attn.dead_end = torch.nn.Linear(32, 32)
+    return LoraEngine(Base("dead end", model, None))
+
+
+def test_targets_without_a_gradient_are_named() -> None:
+    """An adapter that is half connected trains a little and looks healthy; the first step must say so and change nothing."""
+    engine = dead_end_engine()
+    engine.create_adapter("x", SMALL)
+    before = row_bytes(engine, "x", ("training", "published", "m", "v"))
+    engine.forward_backward("x", [datum(40)], "cross_entropy").result()
+    with refused(AttestationError, "model.layers.1.self_attn.dead_end"):
+        engine.optim_step("x", STEP).result()
+    assert row_bytes(engine, "x", ("training", "published", "m", "v")) == before
+    engine.create_adapter("y", LoraConfig(rank=2, target_modules=("q_proj", "up_proj")))
+    engine.forward_backward("y", [datum(40)], "cross_entropy").result()
+    assert engine.optim_step("y", STEP).result()["version"] == 1
+
+
+def test_a_row_of_one_token_may_be_trained() -> None:
+    """Queries and keys of a single token have no gradient; that is no mistake of anyone's."""
+    engine = lora_engine()
+    engine.create_adapter("x", SMALL)
+    engine.forward_backward("x", [datum(1)], "cross_entropy").result()
+    assert engine.optim_step("x", STEP).result()["version"] == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    """Seeds come from hashes and counters; each must work and none be the default."""
+    engine = lora_engine()
+    engine.create_adapter("x", dataclasses.replace(SMALL, seed=seed))
+    engine.create_adapter("other", dataclasses.replace(SMALL, seed=1))
+    assert engine.publish("x").result().digest != engine.publish("other").result().digest
 
 
 # ---------------------------------------------------------------- attestation
@@ -256,6 +309,22 @@ def test_weights_of_a_stranger_with_the_same_name_are_refused() -> None:
     engine.create_adapter("x", dataclasses.replace(SMALL, seed=1))
     with refused(AttestationError, "'x'"):
         engine.forward_backward("x", [row], "ppo")
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["awaited", "queued"])
+def test_samples_from_before_a_roll_back_are_refused(wait: bool) -> None:
+    """After a load the name holds other weights; whether the load was awaited before the batch was queued must not matter."""
+    engine = lora_engine()
+    engine.create_adapter("x", SMALL)
+    other = scrambled(engine.save_state("x").result(), seed=3)
+    row = sampled(engine, "x")
+    load = engine.load_state("x", other)
+    if wait:
+        load.result()
+    with refused(AttestationError, "'x'"):
+        engine.forward_backward("x", [row], "ppo").result()
+    load.result()
+    assert not engine._stack.rows.grads.any()
 
 
 # ---------------------------------------------------------------- checkpoints

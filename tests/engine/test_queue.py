@@ -238,16 +238,36 @@ def test_removing_an_adapter_fails_its_own_queue_alone(verb: str, kind: str) -> 
         lost.result()
 
 
-def test_queued_work_does_not_run_on_a_slot_that_changed_hands() -> None:
-    """A removed adapter's queued gradient must never land in the newcomer that got its slot."""
+@pytest.mark.parametrize("newcomer", ["new", "old"], ids=["same-slot", "same-name"])
+def test_queued_work_does_not_run_on_a_newcomer(newcomer: str) -> None:
+    """A removed adapter's queued gradient must never land in the newcomer that got its slot or its name."""
     engine = engine_with("old")
     queued = engine.forward_backward("old", [datum(9)], "cross_entropy")
     engine.remove_adapter("old")
-    engine.create_adapter("new", SMALL)
+    engine.create_adapter(newcomer, SMALL)
     engine.step()
     assert not engine._stack.rows.grads.any()
     with pytest.raises(RequestError):
         queued.result()
+
+
+def test_a_name_that_a_queued_load_will_bring_can_be_asked() -> None:
+    """Load, then ask, without waiting; and if the load fails, the question fails too and nothing hangs."""
+    engine = engine_with("x")
+    state = engine.save_state("x").result()
+    load = engine.load_state("copy", state)
+    copied, original = engine.sample(prompt(4), "copy", FREE), engine.sample(prompt(4), "x", FREE)
+    assert copied.result()[0].tokens.tolist() == original.result()[0].tokens.tolist()
+    assert load.done()
+    bad = engine.load_state("never", dataclasses.replace(state, adapter=dataclasses.replace(state.adapter, base_digest="0" * 64)))
+    behind = engine.forward("never", [datum(9)], "cross_entropy")
+    good = engine.forward("x", [datum(9)], "cross_entropy")
+    engine.step()
+    assert good.result().metrics["tokens:sum"] == 6
+    for future in (bad, behind):
+        assert future.done()
+        with pytest.raises(RequestError):
+            future.result()
 
 
 @pytest.mark.parametrize("verb", ["sample", "forward"])

@@ -132,13 +132,13 @@ def test_missing_files_are_refused(tmp_path: Path, name: str) -> None:
         read_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"alpha": 64.0}, {"rank": 1}])
-def test_a_manifest_that_contradicts_the_weights_is_refused(tmp_path: Path, change: dict[str, float]) -> None:
-    """The scale is half of an adapter: with another alpha the same tensors are another behaviour, and PEFT reads the other file."""
+@pytest.mark.parametrize(("name", "section", "key"), [("veneer.json", "lora", "alpha"), ("adapter_config.json", None, "lora_alpha")])
+def test_another_scale_is_refused(tmp_path: Path, name: str, section: str | None, key: str) -> None:
+    """The scale is half of an adapter: with another alpha the same tensors are another behaviour, here or in PEFT."""
     write_adapter(tmp_path / "a", make(), {})
-    manifest = json.loads((tmp_path / "a/veneer.json").read_text())
-    manifest["lora"] |= change
-    (tmp_path / "a/veneer.json").write_text(json.dumps(manifest))
+    document = json.loads((tmp_path / "a" / name).read_text())
+    (document[section] if section else document)[key] = 64.0
+    (tmp_path / "a" / name).write_text(json.dumps(document))
     with pytest.raises(AdapterError):
         read_adapter(tmp_path / "a")
 

@@ -101,8 +101,14 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
         raise BaseError(f"base {name!r}: there is no such folder")
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if missing := sorted(loading["missing_keys"]):  # transformers would make them up
+            raise ValueError(f"{missing[0]} has no weights")
+        if not tokenizer.encode("a1", add_special_tokens=False):  # transformers would take an empty one
+            raise ValueError("it has no tokenizer")
     except Exception as error:  # transformers, safetensors, json and the hub each raise their own
         first_line = str(error).strip().split("\n")[0]
         raise BaseError(

@@ -129,9 +129,7 @@ class LocalEngine:
     def forward_backward(
         self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
     ) -> EngineFuture[ForwardBackwardOutput]:
-        for datum in data:
-            if datum.adapter is not None:
-                self._check_provenance(self._slot(adapter), adapter, datum.adapter)
+        self._check_provenance(adapter, data)
         return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True))
 
     def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
@@ -165,10 +163,12 @@ class LocalEngine:
         if not 0 <= params.temperature < math.inf or params.top_k < 0 or not 0 < params.top_p <= 1:
             raise RequestError("temperature must be a number from 0, top_k must not be negative, and top_p must be above 0 and at most 1")
 
-    def _check_provenance(self, slot: _Slot, name: str, sampled: Adapter) -> None:
+    def _check_provenance(self, name: str, data: Sequence[Datum]) -> None:
         """A batch may only be trained by the adapter that sampled it, in a version that this engine published."""
-        promised = slot.digests.get(sampled.version)
-        if sampled.name != name or sampled.base_digest != self.base_digest or promised != sampled.digest:
+        for sampled in {datum.adapter for datum in data if datum.adapter is not None}:
+            promised = self._slot(name).digests.get(sampled.version)
+            if sampled.name == name and sampled.base_digest == self.base_digest and promised == sampled.digest:
+                continue
             raise AttestationError(
                 f"these samples come from adapter {sampled.name!r} version {sampled.version} ({sampled.digest[:12]}) on base "
                 f"{sampled.base_digest[:12]}; {name!r} published {(promised or 'no such version')[:15]} on base {self.base_digest[:12]}"
@@ -245,7 +245,10 @@ class LocalEngine:
         parts = [(rows.training, "", checkpoint.weights)]
         if checkpoint.kind == "training":
             parts += [(rows.m, "m.", checkpoint.optimizer), (rows.v, "v.", checkpoint.optimizer)]
-        rows.steps[slot] = int(checkpoint.optimizer["step"]) if checkpoint.kind == "training" else 0
+        if checkpoint.kind == "training":
+            if "step" not in checkpoint.optimizer:
+                raise AdapterError(f"checkpoint of {checkpoint.adapter.name!r}: the optimizer's step is missing")
+            rows.steps[slot] = int(checkpoint.optimizer["step"])
         for stacked, prefix, arrays in parts:
             named = self._stack.named(slot, stacked)
             for key, tensor in named.items():
@@ -281,10 +284,12 @@ class LocalEngine:
         return len(now)
 
     def _bind(self, request: Request) -> bool:
-        """Look the adapter's slot up now: a load that was queued ahead may have moved it. False: it is gone, and the future says so."""
+        """Look the adapter up now: a load that was queued ahead may have replaced it. False: it cannot run, and the future says why."""
         try:
             slot = None if request.adapter is None else self._slot(request.adapter).slot
-        except AdapterError as error:
+            if request.adapter is not None and request.train is not None and request.train.backward:
+                self._check_provenance(request.adapter, request.train.data)
+        except (AdapterError, AttestationError) as error:
             request.future.set_error(error)
             return False
         for work in (request.sample, request.train):

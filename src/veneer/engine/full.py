@@ -12,7 +12,7 @@ from torch.func import functional_call
 from veneer.engine.base import Base
 from veneer.engine.lora import Segment
 from veneer.engine.rows import Rows
-from veneer.types import LoraConfig
+from veneer.types import AdapterError, LoraConfig
 
 
 class FullStack:
@@ -26,6 +26,8 @@ class FullStack:
         self.rows = Rows(sum(s.numel() for s in self.shapes.values()), base.device)
 
     def create(self, config: LoraConfig | None) -> int:
+        if config is not None:
+            raise AdapterError("this engine trains full copies of the weights and was asked for a low-rank adapter; give None")
         slot = self.rows.claim()
         for name, view in self.views(slot, self.rows.training).items():
             view.copy_(self.base.model.get_parameter(name))

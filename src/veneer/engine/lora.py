@@ -112,7 +112,8 @@ class LoraStack:
 
     def create(self, config: LoraConfig | None) -> int:
         """A fresh adapter in a slot of its own: A uniform in +-1/sqrt(d_in), B zero. Returns the slot."""
-        assert config is not None
+        if config is None:
+            raise AdapterError("this engine trains low-rank adapters and was asked for a full copy; give a LoraConfig")
         targets = match_targets(self.base, config)
         if config.rank > self.max_rank:
             self._widen(config.rank)
