@@ -102,7 +102,9 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_all_of_the_house_is_walked() -> None:
     """An empty walk would pass."""
-    assert {"veneer.types", "veneer.engine.engine", "veneer.train.rl", "veneer.cli.main", "veneer.store.run"} <= {module_of(p) for p in MODULES}
+    assert {"veneer.types", "veneer.engine.engine", "veneer.train.rl", "veneer.cli.main", "veneer.store.run"} <= {
+        module_of(p) for p in MODULES
+    }
 
 
 @pytest.mark.parametrize(

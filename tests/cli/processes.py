@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 PARENT = """
-import json, os, resource, sys
+import gc, json, os, resource, sys, traceback
 import matplotlib.pyplot
 import veneer.cli.assemble
 from veneer.cli.main import main
 
+gc.collect()
+gc.freeze()
 for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)
     if "wait" in job:
@@ -36,7 +38,16 @@ for stream, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job["out"], os.O_W
     os.dup2(os.open(path, flags), stream)
 os.chdir(job["cwd"])
 os.environ["VENEER_HOME"] = job["home"]
-main(job["args"])
+code = 1
+try:
+    main(job["args"])
+except SystemExit as error:
+    code = error.code
+except BaseException:
+    traceback.print_exc()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # at once: taking torch down costs a second
 """
 
 
@@ -120,7 +131,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
-SLOW_ENV = '''
+SLOW_ENV = """
 import asyncio
 from veneer.envs.digits import sort
 from veneer.envs.dataset import QuestionEnv
@@ -143,7 +154,7 @@ class Dataset:
 
 def make():
     return Dataset()
-'''
+"""
 
 SMALL = """
 checkpoint_every = 2

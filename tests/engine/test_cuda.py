@@ -19,7 +19,11 @@ CONFIG = LoraConfig(rank=4, alpha=8)
 
 
 def cuda_model(architecture: str, dtype: torch.dtype):
-    return random_model(architecture).to("cuda", dtype)
+    """Weights in ``dtype``; buffers, such as rotary frequencies, stay float32 as from_pretrained leaves them."""
+    model = random_model(architecture).to("cuda")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def cuda_engine(architecture: str, dtype: torch.dtype = torch.bfloat16) -> LocalEngine:

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_tools import FREE, GREEDY, VOCAB, add_random_adapter, lora_engine, prompt
+from engine_tools import FREE, GREEDY, VOCAB, add_random_adapter, datum, full_engine, lora_engine, prompt
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from conftest import ARCHITECTURES, random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import LoraEngine, load_base
 from veneer.engine.sampler import Chooser, Completion, SampleRequest, truncate, uniforms
-from veneer.types import LoraConfig, RequestError, Sample, SamplingParams
+from veneer.types import AdamParams, LoraConfig, RequestError, Sample, SamplingParams
 
 
 def texts(samples: list[Sample]) -> list[tuple[int, ...]]:
@@ -337,3 +337,27 @@ def test_samples_carry_their_evidence() -> None:
     assert sample.adapter == first
     assert (first.version, first.base_digest, sample.base_id) == (0, engine.base_digest, "qwen3")
     assert engine.sample(prompt(4), None, FREE).result()[0].adapter is None
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sampling_uses_the_published_weights_until_the_next_publish(kind: str) -> None:
+    """A version number on a sample is a lie if a training step already leaks into what is served."""
+    engine = lora_engine() if kind == "lora" else full_engine()
+    engine.create_adapter("x", LoraConfig(rank=4) if kind == "lora" else None)
+
+    def ask() -> Sample:
+        return engine.sample(prompt(6), "x", FREE, prompt_logprobs=True).result()[0]
+
+    before = ask()
+    engine.forward_backward("x", [datum(20)], "cross_entropy")
+    engine.optim_step("x", AdamParams(1e-2)).result()
+    unpublished = ask()
+    assert unpublished.adapter == before.adapter
+    assert unpublished.tokens.tolist() == before.tokens.tolist()
+    assert np.array_equal(unpublished.logprobs, before.logprobs)
+    assert np.array_equal(unpublished.prompt_logprobs, before.prompt_logprobs, equal_nan=True)
+    published = engine.publish("x").result()
+    after = ask()
+    assert after.adapter == published
+    assert published.version == 1
+    assert not np.array_equal(after.prompt_logprobs, before.prompt_logprobs, equal_nan=True)

@@ -14,7 +14,18 @@ import pytest
 from veneer.digest import digest_arrays
 from veneer.store.files import new_folder, veneer_home, write_text
 from veneer.store.run import Run
-from veneer.types import Adapter, Checkpoint, ConfigError, LoraConfig, RunError, Sample, StorageError, Trajectory, TrajectoryGroup, Transition
+from veneer.types import (
+    Adapter,
+    Checkpoint,
+    ConfigError,
+    LoraConfig,
+    RunError,
+    Sample,
+    StorageError,
+    Trajectory,
+    TrajectoryGroup,
+    Transition,
+)
 
 CONFIG = 'name = "x"\nseed = 0\n\n[rl]\nsteps = 3\n'
 
@@ -95,6 +106,20 @@ def test_torn_last_line_is_dropped(tmp_path: Path) -> None:
     run.close()
 
 
+def test_leftovers_of_a_crash_go(tmp_path: Path) -> None:
+    """A process that was killed between writing aside and renaming leaves a file with its number; the next one tidies up."""
+    run = Run(tmp_path / "r", CONFIG)
+    fill(run, 2)
+    for name in (".metrics.jsonl.77", ".summary.json.77", ".report.html.77", "rollouts/.step-000001.jsonl.77"):
+        (run.folder / name).write_text("half")
+    for name in ("checkpoints/.step-000001.abc", "checkpoints/.step-000001.abc.old"):
+        (run.folder / name).mkdir()
+    run.rewind(1)
+    assert [p.name for p in run.folder.rglob(".*") if p.name != ".lock"] == []
+    assert [m["step"] for m in run.metrics()] == [0, 1]
+    run.close()
+
+
 def test_newest_checkpoint(tmp_path: Path) -> None:
     """Also past step 999999, where names sort otherwise, and beside leftovers of a crash."""
     run = Run(tmp_path / "r", CONFIG)
@@ -138,9 +163,14 @@ def test_new_folder_leaves_nothing_on_failure(tmp_path: Path, before: bool) -> N
     if before:
         with new_folder(target) as aside:
             (aside / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), new_folder(target) as aside:
-        (aside / "a").write_text("new")
-        raise KeyboardInterrupt
+
+    def fail_half_way() -> None:
+        with new_folder(target) as aside:
+            (aside / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way()
     assert [p.name for p in target.parent.iterdir()] == (["target"] if before else [])
     if before:
         assert (target / "a").read_text() == "old"

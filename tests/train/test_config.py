@@ -163,7 +163,7 @@ def test_missing_and_malformed_files(tmp_path: Path, content: bytes | str | None
         path.mkdir()
     elif isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match="bad.toml") as caught:
+    with pytest.raises(ConfigError, match=r"bad\.toml") as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
 

@@ -93,8 +93,8 @@ def test_others_go_on() -> None:
 
 
 def test_only_the_environments_own_time_counts() -> None:
-    """While an environment waits 50 ms for two packets, the engine decodes for a second on the same thread. That is not the environment's fault,
-    and a result that depends on it would differ from machine to machine."""
+    """While an environment waits 50 ms for two packets, the engine decodes for a second on the same thread. That is not the
+    environment's fault, and a result that depends on it would differ from machine to machine."""
 
     async def patient() -> int:
         await asyncio.sleep(0.05)

@@ -101,9 +101,10 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
         raise BaseError(f"base {name!r}: there is no such folder")
     transformers_logging.disable_progress_bar()
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if missing := sorted(loading["missing_keys"]):  # transformers would make them up
             raise ValueError(f"{missing[0]} has no weights")

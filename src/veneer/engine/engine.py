@@ -99,6 +99,11 @@ class LocalEngine:
         return count
 
     def remove_adapter(self, name: str) -> None:
+        self._forget(name)
+        gone, self._queue = [r for r in self._queue if r.adapter == name], [r for r in self._queue if r.adapter != name]
+        _fail(gone, AdapterError(f"adapter {name!r} was removed before this request ran"))
+
+    def _forget(self, name: str) -> None:
         self._stack.remove(self._slot(name).slot)
         del self._slots[name]
 
@@ -236,7 +241,7 @@ class LocalEngine:
             self._stack.remove(slot)
             raise
         if name in self._slots:
-            self.remove_adapter(name)
+            self._forget(name)
         self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version)
         self._publish(name)
 
