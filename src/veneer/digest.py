@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from veneer.types import LoraConfig
+
+
+def digest_adapter(weights: Mapping[str, NDArray[Any]], config: LoraConfig | None) -> str:
+    """The digest of what an adapter does: its weights and the factor alpha / rank that scales them."""
+    scale = {} if config is None else {"alpha / rank": np.array(config.alpha / config.rank)}
+    return digest_arrays({**weights, **scale})
+
 
 def digest_arrays(named: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256, in hex, over name, dtype, shape and little-endian bytes of each array, in name order."""
     sha = hashlib.sha256()
     for name in sorted(named):
-        array = np.ascontiguousarray(named[name])
+        array = np.asarray(named[name], order="C")
         sha.update(f"{name} {array.dtype.name} {array.shape}".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()

@@ -382,3 +382,9 @@ class AttestationError(RunError):
 
 class StorageError(RunError):
     pass
+
+
+def in_one_line(error: BaseException) -> str:
+    """A library's error as kind and first line, to be quoted in ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

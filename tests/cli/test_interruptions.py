@@ -87,7 +87,10 @@ def test_ctrl_c_while_it_loads(files: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert "Traceback" not in err
-    assert process.returncode == 130
+    assert process.returncode in (
+        130,
+        -signal.SIGINT,
+    )  # Python ends itself by the signal if it came inside exec(); a shell says 130 to both
 
 
 @pytest.mark.parametrize("seed", [0, 1])

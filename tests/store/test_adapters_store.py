@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from veneer.assets import NANO_FOLDER
 from veneer.cli.main import main
-from veneer.digest import digest_arrays
+from veneer.digest import digest_adapter
 from veneer.engine import LocalEngine, LoraEngine, load_base
 from veneer.render import load_renderer
 from veneer.store.adapters import UNSUPPORTED, read_adapter, read_peft, write_adapter
@@ -38,7 +38,8 @@ def make(value: float = 0.5, kind: Any = "sampler", name: str = "x") -> Checkpoi
         weights[f"{module}.lora_A.weight"] = rng.normal(size=(2, 6)).astype(np.float32)
         weights[f"{module}.lora_B.weight"] = rng.normal(size=(4, 2)).astype(np.float32)
     optimizer = {f"{m}.{k}": np.abs(w) for m in "mv" for k, w in weights.items()} | {"step": np.array(7)} if kind == "training" else {}
-    return Checkpoint(kind, Adapter(name, 7, digest_arrays(weights), "nano", "b" * 64), LoraConfig(rank=2, alpha=8.0), weights, optimizer)
+    lora = LoraConfig(rank=2, alpha=8.0)
+    return Checkpoint(kind, Adapter(name, 7, digest_adapter(weights, lora), "nano", "b" * 64), lora, weights, optimizer)
 
 
 def nano_engine() -> LocalEngine:
@@ -52,7 +53,8 @@ def nano_adapter(rank: int = 2) -> Checkpoint:
     fresh = engine.save_state("made", "sampler").result()
     rng = np.random.default_rng(0)
     weights = {k: w + (0.05 * rng.normal(size=w.shape).astype(np.float32) if "lora_B" in k else 0) for k, w in fresh.weights.items()}
-    return dataclasses.replace(fresh, weights=weights, adapter=dataclasses.replace(fresh.adapter, digest=digest_arrays(weights)))
+    adapter = dataclasses.replace(fresh.adapter, digest=digest_adapter(weights, fresh.config))
+    return dataclasses.replace(fresh, weights=weights, adapter=adapter)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -91,7 +93,7 @@ def test_transposed_arrays_round_trip(tmp_path: Path) -> None:
 def test_full_copies_round_trip(tmp_path: Path) -> None:
     """Full fine-tuning keeps its weights under their own names."""
     weights = {"model.norm.weight": np.arange(4, dtype=np.float32)}
-    checkpoint = Checkpoint("sampler", Adapter("f", 1, digest_arrays(weights), "nano", "b" * 64), None, weights)
+    checkpoint = Checkpoint("sampler", Adapter("f", 1, digest_adapter(weights, None), "nano", "b" * 64), None, weights)
     write_adapter(tmp_path / "f", checkpoint, {})
     assert same(read_adapter(tmp_path / "f")[0].weights, weights)
     assert not (tmp_path / "f/adapter_config.json").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veneer.digest import digest_arrays
+from veneer.digest import digest_adapter
 from veneer.store.files import new_folder, veneer_home, write_text
 from veneer.store.run import Run
 from veneer.types import (
@@ -32,7 +32,7 @@ CONFIG = 'name = "x"\nseed = 0\n\n[rl]\nsteps = 3\n'
 
 def checkpoint(value: float) -> Checkpoint:
     weights = {"q.lora_A.weight": np.full((1, 3), value, np.float32), "q.lora_B.weight": np.zeros((2, 1), np.float32)}
-    return Checkpoint("sampler", Adapter("x", 1, digest_arrays(weights), "b", "d"), LoraConfig(rank=1), weights)
+    return Checkpoint("sampler", Adapter("x", 1, digest_adapter(weights, LoraConfig(rank=1)), "b", "d"), LoraConfig(rank=1), weights)
 
 
 def fill(run: Run, steps: int) -> None:

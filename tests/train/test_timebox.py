@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from veneer.train.timebox import EnvFailure, checked_reward, in_env
+from veneer.train.timebox import EnvFailure, checked_number, in_env
 
 
 async def answer() -> int:
@@ -56,7 +56,7 @@ async def crash() -> int:
 
 def test_answers_pass_through() -> None:
     """A well-behaved environment notices nothing."""
-    assert asyncio.run(in_env(answer(), "step", 5)) == 7
+    assert asyncio.run(in_env(answer, "step", 5)) == 7
 
 
 @pytest.mark.parametrize("body", [spin, spin_stubbornly, spin_late, block, wait])
@@ -64,28 +64,28 @@ def test_what_hangs_is_ended(body: Callable[[], Awaitable[int]]) -> None:
     """One endless loop in a grader must not hold up a run for ever."""
     clock = time.perf_counter()
     with pytest.raises(EnvFailure, match=r"step took longer than 0\.2 s"):
-        asyncio.run(in_env(body(), "step", 0.2))
+        asyncio.run(in_env(body, "step", 0.2))
     assert time.perf_counter() - clock < 5
 
 
 def test_what_raises_is_named() -> None:
     """The user wants to know what their code said."""
     with pytest.raises(EnvFailure, match="step raised ZeroDivisionError: by"):
-        asyncio.run(in_env(crash(), "step", 1))
+        asyncio.run(in_env(crash, "step", 1))
 
 
 def test_what_is_no_coroutine_is_named() -> None:
     """``def step`` in place of ``async def step`` is an easy mistake."""
     plain: Any = 3
     with pytest.raises(EnvFailure, match="step raised"):
-        asyncio.run(in_env(plain, "step", 1))
+        asyncio.run(in_env(lambda: plain, "step", 1))
 
 
 def test_others_go_on() -> None:
     """Members of a group run side by side; one that hangs takes only itself down."""
 
     async def all_at_once() -> list[Any]:
-        calls = [in_env(body(), "step", 0.3) for body in (answer, wait, spin_late, crash, answer)]
+        calls = [in_env(body, "step", 0.3) for body in (answer, wait, spin_late, crash, answer)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     results = asyncio.run(all_at_once())
@@ -106,7 +106,7 @@ def test_only_the_environments_own_time_counts() -> None:
         time.sleep(1.0)
 
     async def both() -> list[Any]:
-        return await asyncio.gather(in_env(patient(), "step", 0.4), decode())
+        return await asyncio.gather(in_env(patient, "step", 0.4), decode())
 
     assert asyncio.run(both())[0] == 7
 
@@ -121,7 +121,7 @@ def test_alarms_are_put_back() -> None:
     try:
         for body in (answer, wait, spin, crash):
             try:
-                asyncio.run(in_env(body(), "step", 0.1))
+                asyncio.run(in_env(body, "step", 0.1))
             except EnvFailure:
                 continue
         assert signal.getsignal(signal.SIGALRM) is mine
@@ -137,7 +137,7 @@ def test_works_in_other_threads() -> None:
     def run() -> None:
         for body in (answer, wait):
             try:
-                results.append(asyncio.run(in_env(body(), "step", 0.2)))
+                results.append(asyncio.run(in_env(body, "step", 0.2)))
             except EnvFailure as error:
                 results.append(error)
 
@@ -154,12 +154,12 @@ def test_works_in_other_threads() -> None:
 def test_rewards_must_be_finite_numbers(reward: object) -> None:
     """One NaN in a group makes NaN of all its advantages, and then of the adapter."""
     with pytest.raises(EnvFailure, match="must be a finite number"):
-        checked_reward(reward, "step")
+        checked_number(reward, "step")
 
 
 @pytest.mark.parametrize("reward", [0, 1, True, -2.5, np.float32(0.5), np.int64(3)])
 def test_numbers_are_rewards(reward: Any) -> None:
     """Graders return bools and numpy scalars."""
-    checked = checked_reward(reward, "step")
+    checked = checked_number(reward, "step")
     assert type(checked) is float
     assert checked == float(reward)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
 import click
-
-from veneer.types import VeneerError
 
 VERBS = ("quickstart", "train", "eval", "sample", "runs", "adapters")
 
@@ -35,17 +34,25 @@ def veneer() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed on the way, 2 the request was wrong, 130 interrupted."""
     arguments = sys.argv[1:] if args is None else args
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings would stand between the user and ours
     try:
         result = veneer.main(arguments, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2, arguments)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130, arguments)
-    except VeneerError as error:
-        _fail(str(error), error.exit_code, arguments)
     except MemoryError:
         _fail("out of memory; lower rl.groups_per_batch or rl.group_size", 1, arguments)
+    except Exception as error:
+        from veneer.types import VeneerError  # here: it brings numpy
+
+        if not isinstance(error, VeneerError):
+            raise
+        _fail(str(error), error.exit_code, arguments)
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> Any:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from veneer.assets import resolve_base
-from veneer.types import BaseError
+from veneer.types import BaseError, in_one_line
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -111,9 +111,8 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
         if not tokenizer.encode("a1", add_special_tokens=False):  # transformers would take an empty one
             raise ValueError("it has no tokenizer")
     except Exception as error:  # transformers, safetensors, json and the hub each raise their own
-        first_line = str(error).strip().split("\n")[0]
         raise BaseError(
-            f"base {name!r} cannot be loaded ({type(error).__name__}: {first_line}); give a Hugging Face name or a folder with "
+            f"base {name!r} cannot be loaded ({in_one_line(error)}); give a Hugging Face name or a folder with "
             f"config.json, *.safetensors and a tokenizer"
         ) from error
     return Base(Path(name).name if Path(source).is_dir() else name, model, tokenizer).to(device)

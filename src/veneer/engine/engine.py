@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from veneer.digest import digest_arrays
+from veneer.digest import digest_adapter
 from veneer.engine.base import Base
 from veneer.engine.full import FullStack
 from veneer.engine.lora import LoraStack, Segment
@@ -114,7 +114,7 @@ class LocalEngine:
 
     def _describe(self, name: str, stacked: torch.Tensor) -> Adapter:
         slot = self._slot(name)
-        return Adapter(name, slot.version, digest_arrays(self._arrays(slot.slot, stacked)), self.base_id, self.base_digest)
+        return Adapter(name, slot.version, digest_adapter(self._arrays(slot.slot, stacked), slot.config), self.base_id, self.base_digest)
 
     # ------------------------------------------------ passes
 

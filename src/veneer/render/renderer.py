@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import jinja2
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from veneer.assets import resolve_base
-from veneer.types import BaseError, DataError, Message, Tokens, ToolCall
+from veneer.types import BaseError, DataError, Message, Tokens, ToolCall, in_one_line
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 """For a base without a chat template: the contents, a line each, for the model to go on from."""
@@ -32,13 +33,16 @@ class Renderer:
         self.tokenizer_digest = hashlib.sha256(_definition(tokenizer).encode()).hexdigest()
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generate: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", [dict(m) for m in messages]),
-            tools=[dict(t) for t in tools] or None,
-            chat_template=self.template,
-            add_generation_prompt=generate,
-            tokenize=False,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                cast("list[dict[str, str]]", [dict(m) for m in messages]),
+                tools=[dict(t) for t in tools] or None,
+                chat_template=self.template,
+                add_generation_prompt=generate,
+                tokenize=False,
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses these messages ({in_one_line(error)})") from error
         assert isinstance(text, str)
         return text
 
@@ -124,7 +128,5 @@ def load_renderer(base: str) -> Renderer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(base), trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers, json and the hub each raise their own
-        raise BaseError(
-            f"tokenizer of base {base!r} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-        ) from error
+        raise BaseError(f"tokenizer of base {base!r} cannot be loaded ({in_one_line(error)})") from error
     return Renderer(tokenizer)

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
-from veneer.digest import digest_arrays
+from veneer.digest import digest_adapter, digest_arrays
 from veneer.store.files import new_folder
-from veneer.types import Adapter, AdapterError, Checkpoint, LoraConfig
+from veneer.types import Adapter, AdapterError, Checkpoint, LoraConfig, in_one_line
 
 PEFT_PREFIX = "base_model.model."
 CONFIG, WEIGHTS, FULL_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER, MANIFEST, CARD = "optimizer.safetensors", "veneer.json", "README.md"
+ANOTHER = "use another version or checkpoint"
 # What PEFT can express and this engine cannot; each must be absent, empty or false.
 UNSUPPORTED = (
     *("use_dora", "use_rslora", "use_qalora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"),
@@ -37,16 +40,17 @@ def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]
         "kind": checkpoint.kind,
         **dataclasses.asdict(checkpoint.adapter),
         "lora": None if checkpoint.config is None else dataclasses.asdict(checkpoint.config),
+        "optimizer_digest": digest_arrays(checkpoint.optimizer) if checkpoint.optimizer else None,
         **facts,
     }
     with new_folder(folder) as aside:
         if checkpoint.config is None:
-            save_file(dict(checkpoint.weights), aside / FULL_WEIGHTS)
+            _save(checkpoint.weights, aside / FULL_WEIGHTS)
         else:
             (aside / CONFIG).write_text(json.dumps(_peft_config(checkpoint), indent=2) + "\n")
-            save_file({PEFT_PREFIX + name: array for name, array in checkpoint.weights.items()}, aside / WEIGHTS)
+            _save({PEFT_PREFIX + name: array for name, array in checkpoint.weights.items()}, aside / WEIGHTS)
         if checkpoint.optimizer:
-            save_file(dict(checkpoint.optimizer), aside / OPTIMIZER)
+            _save(checkpoint.optimizer, aside / OPTIMIZER)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         (aside / CARD).write_text(_card(manifest))
 
@@ -67,12 +71,16 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raw = load_file(folder / (FULL_WEIGHTS if config is None else WEIGHTS))
         weights = {name.removeprefix(PEFT_PREFIX): array for name, array in raw.items()}
         optimizer = load_file(folder / OPTIMIZER) if manifest["kind"] == "training" else {}
+        peft = {} if config is None else json.loads((folder / CONFIG).read_text())
+        same_shape = config is None or (peft["r"], peft["lora_alpha"]) == (config.rank, config.alpha)
     except Exception as error:  # json, safetensors and the file system each raise their own
-        raise AdapterError(
-            f"{folder} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); use another version or checkpoint"
-        ) from error
-    if digest_arrays(weights) != adapter.digest:
-        raise AdapterError(f"{folder} is damaged: its weights do not have the digest in {MANIFEST}; use another version or checkpoint")
+        raise AdapterError(f"{folder} is damaged ({in_one_line(error)}); {ANOTHER}") from error
+    if digest_adapter(weights, config) != adapter.digest:
+        raise AdapterError(f"{folder} is damaged: weights and scale do not have the digest in {MANIFEST}; {ANOTHER}")
+    if optimizer and digest_arrays(optimizer) != manifest.get("optimizer_digest"):
+        raise AdapterError(f"{folder} is damaged: {OPTIMIZER} does not have the digest in {MANIFEST}; {ANOTHER}")
+    if not same_shape:
+        raise AdapterError(f"{folder} is damaged: r or lora_alpha in {CONFIG} is not that of {MANIFEST}; {ANOTHER}")
     return Checkpoint(manifest["kind"], adapter, config, weights, optimizer), manifest
 
 
@@ -84,23 +92,37 @@ def read_peft(folder: Path, name: str, base_id: str, base_digest: str) -> Checkp
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
-        raw = load_file(folder / WEIGHTS)
+        weights = {key.removeprefix(PEFT_PREFIX): array for key, array in _load_float32(folder / WEIGHTS).items()}
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except Exception as error:
-        raise AdapterError(f"{folder} is no readable PEFT folder ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise AdapterError(f"{folder} is no readable PEFT folder ({in_one_line(error)})") from error
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be imported")
-    for key in UNSUPPORTED:
-        if config.get(key):
+    for key, harmless in {**dict.fromkeys(UNSUPPORTED, ()), "bias": ("none",), "init_lora_weights": (True, "gaussian")}.items():
+        if config.get(key) and config[key] not in harmless:
             raise AdapterError(f"{folder}: {key} = {config[key]!r} cannot be represented; only plain LoRA can be imported")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{folder}: bias = {config['bias']!r} cannot be represented; only plain LoRA can be imported")
-    weights = {key.removeprefix(PEFT_PREFIX): np.asarray(array, np.float32) for key, array in raw.items()}
     odd = [key for key in weights if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
         raise AdapterError(f"{folder}: tensor {odd[0]!r} is no LoRA weight")
     modules = sorted({key.rsplit(".", 2)[0] for key in weights})
-    lora = LoraConfig(rank=config["r"], alpha=float(config["lora_alpha"]), target_modules=tuple(modules))
-    return Checkpoint("sampler", Adapter(name, 0, digest_arrays(weights), base_id, base_digest), lora, weights)
+    lora = LoraConfig(rank=rank, alpha=alpha, target_modules=tuple(modules))
+    return Checkpoint("sampler", Adapter(name, 0, digest_adapter(weights, lora), base_id, base_digest), lora, weights)
+
+
+def _save(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
+    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)  # it writes the buffer, whatever the strides
+
+
+def _load_float32(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Every tensor of a safetensors file, widened to float32: exact from bfloat16, which numpy does not know, and float16."""
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name, tensor in deserialize(path.read_bytes()):
+        if tensor["dtype"] == "BF16":
+            array = (np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            array = np.frombuffer(tensor["data"], {"F32": np.float32, "F16": np.float16}[tensor["dtype"]]).astype(np.float32)
+        arrays[name] = array.reshape(tensor["shape"])
+    return arrays
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,17 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from veneer.types import StorageError
+from safetensors import SafetensorError
+
+from veneer.types import StorageError, in_one_line
+
+STALE = 3600
+"""Seconds after which a folder that was being written is taken for abandoned."""
 
 
 def veneer_home() -> Path:
@@ -23,16 +29,16 @@ def storage_errors(path: Path) -> Generator[None, None, None]:
     """Turn the operating system's refusals into one line."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | FileExistsError):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)  # safetensors gives text alone
         advice = (
             "free some space and run the same command again: it goes on from the last checkpoint"
             if full
             else "check the path and its permissions"
         )
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+        reason = os.strerror(errno.ENOSPC) if full else os.strerror(number) if number else in_one_line(error)
+        raise StorageError(f"cannot write {path}: {reason}; {advice}") from error
 
 
 @contextmanager
@@ -40,6 +46,9 @@ def new_folder(target: Path) -> Generator[Path, None, None]:
     """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced."""
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
+            if time.time() - stale.stat().st_mtime > STALE:
+                shutil.rmtree(stale, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             os.chmod(aside, 0o755)

@@ -69,10 +69,8 @@ class Run:
 
     def newest_checkpoint(self) -> tuple[int, Checkpoint] | None:
         """The last step that was saved, and its state."""
-        folders = sorted((self.folder / "checkpoints").glob("step-*"))
-        if not folders:
-            return None
-        return int(folders[-1].name.removeprefix("step-")), read_adapter(folders[-1])[0]
+        steps = {int(folder.name.removeprefix("step-")): folder for folder in (self.folder / "checkpoints").glob("step-*")}
+        return (max(steps), read_adapter(steps[max(steps)])[0]) if steps else None
 
     def rewind(self, step: int) -> None:
         """Forget whatever was recorded behind the checkpoint at ``step``: it will be made again."""
@@ -85,8 +83,10 @@ class Run:
             for path in self.folder.glob("rollouts/step-*.jsonl"):
                 if int(path.stem.removeprefix("step-")) > step:
                     path.unlink()
-            for path in (*self.folder.glob(".*.old"), *self.folder.glob("checkpoints/.step-*")):
+            for path in self.folder.glob("checkpoints/.step-*"):  # left by a process that was killed
                 shutil.rmtree(path, ignore_errors=True)
+            for path in (*self.folder.glob(".*.*"), *self.folder.glob("rollouts/.step-*")):
+                path.unlink()
 
     # ------------------------------------------------ records
 
@@ -118,7 +118,7 @@ class Run:
 
 def _whole_lines(path: Path) -> list[str]:
     """Lines that end in a newline: a crash may have torn the last one."""
-    return [line.rstrip("\n") for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return path.read_text().split("\n")[:-1]
 
 
 def _rollout_records(groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -144,7 +145,7 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run
     Raises:
         ConfigError: names the key, what is wrong, and the nearest key if it is unknown.
     """
-    tree: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    tree: dict[str, Any] = copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:

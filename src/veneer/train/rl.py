@@ -98,10 +98,10 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         last = step == rl.steps or stopped is not None
         if last or step % config.eval.every == 0:
             held_out = await evaluate(policy, dataset, config.eval.problems, config.seed)
+            _check_failures([TrajectoryGroup(0, held_out.trajectories)], config.env.max_failed_share)
             metrics |= held_out.metrics()
         timings = {"sample": sampled - started, "train": trained - sampled, "eval": time.perf_counter() - trained}
         await session.record(metrics, timings, last)
-    session.check_base()
     steps = [m for m in history if m["step"] > 0]
     return RlResult(len(steps), sum(m["episodes"] for m in steps), sum(m["bits"] for m in steps), stopped)
 
@@ -120,8 +120,8 @@ def rollout_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         "truncated": sum(t.truncated for t in finished),
         "reward/total": statistics.fmean(t.reward for t in finished) if finished else 0.0,
         "by_group/frac_mixed": 1 - len(constant) / len(groups_P),
-        "by_group/frac_all_good": sum(bool(rewards) and min(rewards) > 0 for rewards in constant) / len(groups_P),
-        "by_group/frac_all_bad": sum(not rewards or max(rewards) <= 0 for rewards in constant) / len(groups_P),
+        "by_group/frac_all_good": sum(bool(rewards) and min(rewards) >= 1 for rewards in constant) / len(groups_P),
+        "by_group/frac_all_bad": sum(not rewards or min(rewards) < 1 for rewards in constant) / len(groups_P),
         "groups/dropped": len(constant),
         "bits": sum(reward_bits(group.rewards_G) for group in groups_P),
         "optim/entropy": -sum(float(s.logprobs.sum(dtype="float64")) for s in samples) / max(tokens, 1),

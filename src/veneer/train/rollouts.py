@@ -6,10 +6,23 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from veneer.render import Renderer
-from veneer.train.timebox import EnvFailure, checked_reward, in_env
-from veneer.types import DataError, Engine, Env, EnvDataset, SamplingParams, Split, Trajectory, TrajectoryGroup, Transition
+from veneer.train.timebox import EnvFailure, checked_number, expect, in_env
+from veneer.types import (
+    DataError,
+    Engine,
+    Env,
+    EnvDataset,
+    Observation,
+    SamplingParams,
+    Split,
+    StepResult,
+    Trajectory,
+    TrajectoryGroup,
+    Transition,
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +42,13 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
-async def do_rollout(policy: Policy, env: Env, seed: int) -> Trajectory:
+async def do_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: int, seed: int) -> Trajectory:
     """Play one episode. Every turn's prompt is the last one plus what was sampled plus what the environment answered, as tokens."""
     turns: list[Transition] = []
+    seconds = policy.env_seconds
     try:
-        first = await in_env(env.initial_observation(), "initial_observation", policy.env_seconds)
+        env = await in_env(lambda: _made(dataset, split, index), "env", seconds)
+        first = expect(await in_env(env.initial_observation, "initial_observation", seconds), Observation, "initial_observation")
         prompt = policy.renderer.build_generation_prompt(first.messages, first.tools)
         if len(prompt) >= policy.engine.context_length:
             raise DataError(f"a prompt has {len(prompt)} tokens; the base's context is {policy.engine.context_length}")
@@ -41,9 +56,9 @@ async def do_rollout(policy: Policy, env: Env, seed: int) -> Trajectory:
             params = replace(policy.params, seed=derive_seed(seed, len(turns)))
             (sample,) = await policy.engine.sample(prompt, policy.adapter, params)
             action = policy.renderer.parse_response(sample.tokens, sample.stop_reason == "stop")
-            result = await in_env(env.step(action), "step", policy.env_seconds)
-            reward = checked_reward(result.reward, "step")
-            turns.append(Transition(prompt, sample, action, reward, result.metrics))
+            result = expect(await in_env(partial(env.step, action), "step", seconds), StepResult, "step")
+            metrics = {name: checked_number(value, f"step's metric {name!r}") for name, value in result.metrics.items()}
+            turns.append(Transition(prompt, sample, action, checked_number(result.reward, "step's reward"), metrics))
             total = sum(t.reward for t in turns)
             if result.episode_done or sample.stop_reason == "length":
                 return Trajectory(turns, total, truncated=sample.stop_reason == "length")
@@ -54,9 +69,13 @@ async def do_rollout(policy: Policy, env: Env, seed: int) -> Trajectory:
         return Trajectory(turns, 0.0, error=str(failure))
 
 
+async def _made(dataset: EnvDataset, split: Split, index: int) -> Env:
+    return dataset.env(split, index)
+
+
 async def do_group_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: int, size: int, seed: int) -> TrajectoryGroup:
     """Play one problem ``size`` times, all members at once."""
-    members = [do_rollout(policy, dataset.env(split, index), derive_seed(seed, index, member)) for member in range(size)]
+    members = [do_rollout(policy, dataset, split, index, derive_seed(seed, index, member)) for member in range(size)]
     return TrajectoryGroup(index, await asyncio.gather(*members))
 
 

@@ -95,12 +95,16 @@ class Session:
         """Log a step, checkpoint if it is time, and stop here if the user asked for it.
 
         Raises:
+            AttestationError: the base changed; nothing is saved.
             Interrupted: after the state was saved.
         """
         step = metrics["step"]
+        save = last or step % self.config.checkpoint_every == 0 or self.stop.is_set()
+        if save:
+            self.check_base()  # before anything that a changed base produced is kept
         self.run.log(metrics, timings)
         self.on_step(metrics)
-        if last or step % self.config.checkpoint_every == 0 or self.stop.is_set():
+        if save:
             self.run.save_checkpoint(step, await self.engine.save_state(self.adapter), self.facts())
         if self.stop.is_set() and not last:
             raise Interrupted(f"interrupted after step {step}; the state is saved, the same command goes on from here")

@@ -19,7 +19,7 @@ from typing import Any
 from veneer.render import Renderer
 from veneer.train.datums import supervised_datum
 from veneer.train.session import Metrics, Session
-from veneer.types import AdamParams, DataError, Datum, Message
+from veneer.types import AdamParams, DataError, Datum, Message, in_one_line
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ async def train(session: Session) -> SftResult:
         if step == sft.steps or step % session.config.eval.every == 0:
             metrics |= await held_out_loss(session, held_out)
         await session.record(metrics, {"train": time.perf_counter() - clock}, last=step == sft.steps)
-    session.check_base()
     return SftResult(sft.steps, len(rows), len(held_out))
 
 
@@ -94,7 +93,11 @@ def load_rows(path: Path, renderer: Renderer, share: float, context: int) -> tup
         raise DataError(f"sft.data: there is no file {path or '(empty)'}")
     rows: list[Datum] = []
     held_out: list[Datum] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().split("\n")  # not splitlines: a JSON string may hold other line separators
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text ({in_one_line(error)})") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -112,6 +115,11 @@ def load_rows(path: Path, renderer: Renderer, share: float, context: int) -> tup
 
 
 def _conversation(row: Any) -> tuple[list[Message], list[dict[str, Any]]]:
-    if "messages" in row:
-        return row["messages"], row.get("tools", [])
-    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}], []
+    if "messages" not in row:
+        row = {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    for message in row["messages"]:
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"unknown role {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"the content of a message must be text, not {message['content']!r}")
+    return row["messages"], row.get("tools", [])

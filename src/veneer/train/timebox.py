@@ -6,7 +6,7 @@ import asyncio
 import math
 import signal
 import threading
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,10 @@ SLICES = 8
 
 class EnvFailure(Exception):
     """An environment raised, hung or returned nonsense. Recorded on its trajectory, never fatal by itself."""
+
+
+class _Ring(BaseException):
+    """The alarm. Not an Exception, so that an environment's own ``except Exception`` does not swallow it."""
 
 
 class _Guarded(Generic[T]):
@@ -39,13 +43,13 @@ class _Guarded(Generic[T]):
 
 @contextmanager
 def alarm(seconds: float) -> Generator[None, None, None]:
-    """Raise TimeoutError in this thread after ``seconds``. Works where Unix signals do: on the main thread, for Python code."""
+    """Raise ``_Ring`` in this thread after ``seconds``. Works where Unix signals do: on the main thread, for Python code."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(_signal: int, _frame: object) -> None:
-        raise TimeoutError
+        raise _Ring
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # it rings again for code that swallows the first
@@ -56,8 +60,8 @@ def alarm(seconds: float) -> Generator[None, None, None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-async def in_env(call: Awaitable[T], what: str, seconds: float) -> T:
-    """Await an environment's coroutine.
+async def in_env(call: Callable[[], Awaitable[T]], what: str, seconds: float) -> T:
+    """Call and await an environment's method.
 
     The time that it waits is counted in slices, because the engine computes on this thread: a slice in which the loop was busy
     with a long forward pass counts as one slice, not as the environment's delay.
@@ -65,14 +69,14 @@ async def in_env(call: Awaitable[T], what: str, seconds: float) -> T:
     Raises:
         EnvFailure: it raised, or took longer than ``seconds``.
     """
-    task = asyncio.ensure_future(_as_coroutine(_Guarded(call, seconds)))
+    task = asyncio.ensure_future(_in_task(call, seconds))
     try:
         for _ in range(SLICES):
             await asyncio.wait({task}, timeout=seconds / SLICES)
             if task.done():
                 return task.result()
         raise TimeoutError
-    except TimeoutError as error:
+    except (TimeoutError, _Ring) as error:
         raise EnvFailure(f"{what} took longer than {seconds:g} s") from error
     except Exception as error:  # whatever the user's code raises belongs to its rollout
         raise EnvFailure(f"{what} raised {type(error).__name__}: {error}") from error
@@ -80,20 +84,33 @@ async def in_env(call: Awaitable[T], what: str, seconds: float) -> T:
         task.cancel()
 
 
-async def _as_coroutine(awaitable: Awaitable[T]) -> T:
-    return await awaitable
+async def _in_task(call: Callable[[], Awaitable[T]], seconds: float) -> T:
+    with alarm(seconds):  # a method that is no coroutine runs here
+        awaitable = call()
+    return await _Guarded(awaitable, seconds)
 
 
-def checked_reward(reward: Any, what: str) -> float:
-    """The reward as a finite float.
+def expect(answer: Any, kind: type[T], what: str) -> T:
+    """The answer, if it is of the promised kind.
+
+    Raises:
+        EnvFailure: it is not.
+    """
+    if not isinstance(answer, kind):
+        raise EnvFailure(f"{what} returned {answer!r:.80}, not a {kind.__name__}")
+    return answer
+
+
+def checked_number(value: Any, what: str) -> float:
+    """The value as a finite float.
 
     Raises:
         EnvFailure: it is not a number, or NaN or infinite.
     """
     try:
-        value = float(reward)
+        number = float(value)
     except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise EnvFailure(f"{what} returned the reward {reward!r}; it must be a finite number")
-    return value
+        number = math.nan
+    if not math.isfinite(number):
+        raise EnvFailure(f"{what} {value!s:.80} must be a finite number")
+    return number
