@@ -149,10 +149,10 @@ def test_calculate_is_right(terms: list[list[int]]) -> None:
 # ---------------------------------------------------------------- by name or from a file
 
 FILE = """
-from veneer.envs.dataset import Problem, QuestionDataset
+from veneer.envs.dataset import Problem, ProblemDataset
 
 def mine(word: str = "hi", seed: int = 0):
-    return QuestionDataset("mine", lambda rng: Problem(f"{word} {rng.random()}", "x"), seed=seed)
+    return ProblemDataset("mine", lambda rng: Problem(f"{word} {rng.random()}", "x"), seed=seed)
 
 value = 3
 """

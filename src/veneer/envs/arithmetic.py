@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
-from veneer.envs.dataset import Problem, QuestionDataset, exact_match
+from veneer.envs.dataset import Problem, ProblemDataset, QuestionEnv, exact_match
 from veneer.types import Message
 
 
@@ -22,6 +23,6 @@ def grade(action: Message, answer: str) -> dict[str, float]:
     return metrics
 
 
-def arithmetic(min_terms: int = 3, max_terms: int = 5, seed: int = 0) -> QuestionDataset:
+def arithmetic(min_terms: int = 3, max_terms: int = 5, seed: int = 0) -> ProblemDataset:
     """Sums of ``min_terms`` to ``max_terms`` numbers between 10 and 99."""
-    return QuestionDataset("arithmetic", lambda rng: generate(rng, (min_terms, max_terms)), grade, seed)
+    return ProblemDataset("arithmetic", partial(generate, terms=(min_terms, max_terms)), partial(QuestionEnv, grade=grade), seed)

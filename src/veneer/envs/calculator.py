@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from dataclasses import dataclass
 from typing import Any
 
-from veneer.envs.dataset import Problem, draw, final_answer
-from veneer.types import Env, Message, Observation, Split, StepResult
+from veneer.envs.dataset import Problem, ProblemDataset, final_answer
+from veneer.types import Message, Observation, StepResult
 
 CALCULATOR: dict[str, Any] = {
     "type": "function",
@@ -25,13 +25,8 @@ def calculate(expression: object) -> str:
     """Sums and products of whole numbers; anything else is answered with a word, never evaluated."""
     if not isinstance(expression, str) or not re.fullmatch(r"\d{1,6}([+*]\d{1,6}){0,7}", expression):
         return "error"
-    total = 0
-    for product in expression.split("+"):
-        value = 1
-        for factor in product.split("*"):
-            value *= int(factor)
-        total += value
-    return str(total)
+    products = [math.prod(int(factor) for factor in product.split("*")) for product in expression.split("+")]
+    return str(sum(products))
 
 
 def generate(rng: random.Random) -> Problem:
@@ -58,15 +53,6 @@ class CalculatorEnv:
         return StepResult(correct, episode_done=True, metrics={"correct": correct, "called": float(self.calls > 0)})
 
 
-@dataclass(frozen=True)
-class CalculatorDataset:
-    seed: int = 0
-    name: str = "calculator"
-
-    def env(self, split: Split, index: int) -> Env:
-        return CalculatorEnv(draw(generate, split, index, f"calculator/{self.seed}"))
-
-
-def calculator(seed: int = 0) -> CalculatorDataset:
+def calculator(seed: int = 0) -> ProblemDataset:
     """Products of two two-digit numbers, with a calculator at hand."""
-    return CalculatorDataset(seed)
+    return ProblemDataset("calculator", generate, CalculatorEnv, seed)

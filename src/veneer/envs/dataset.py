@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from veneer.types import Env, Message, Observation, Split, StepResult
 
@@ -46,11 +45,11 @@ def exact_match(action: Message, answer: str) -> dict[str, float]:
 class QuestionEnv:
     """Asks once and grades the answer."""
 
-    def __init__(self, problem: Problem, grade: Grader, tools: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.problem, self.grade, self.tools = problem, grade, tools
+    def __init__(self, problem: Problem, grade: Grader = exact_match) -> None:
+        self.problem, self.grade = problem, grade
 
     async def initial_observation(self) -> Observation:
-        return Observation([{"role": "user", "content": self.problem.prompt}], self.tools)
+        return Observation([{"role": "user", "content": self.problem.prompt}])
 
     async def step(self, action: Message) -> StepResult:
         metrics = self.grade(action, self.problem.answer)
@@ -58,13 +57,13 @@ class QuestionEnv:
 
 
 @dataclass(frozen=True)
-class QuestionDataset:
-    """Problems from a generator, each a ``QuestionEnv``."""
+class ProblemDataset:
+    """Problems from a generator, and the environment that plays one."""
 
     name: str
     generate: Callable[[random.Random], Problem]
-    grade: Grader = exact_match
+    make: Callable[[Problem], Env] = QuestionEnv
     seed: int = 0
 
     def env(self, split: Split, index: int) -> Env:
-        return QuestionEnv(draw(self.generate, split, index, f"{self.name}/{self.seed}"), self.grade)
+        return self.make(draw(self.generate, split, index, f"{self.name}/{self.seed}"))

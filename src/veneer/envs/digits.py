@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from veneer.envs.dataset import Problem, QuestionDataset
+from veneer.envs.dataset import Problem, ProblemDataset
 
 
 def _digits(rng: random.Random, low: int, high: int) -> str:
@@ -27,16 +27,16 @@ def generate_count(rng: random.Random) -> Problem:
     return Problem(f"count {digit} in {digits}", str(digits.count(digit)))
 
 
-def sort(seed: int = 0) -> QuestionDataset:
+def sort(seed: int = 0) -> ProblemDataset:
     """Put five to seven digits in order."""
-    return QuestionDataset("sort", generate_sort, seed=seed)
+    return ProblemDataset("sort", generate_sort, seed=seed)
 
 
-def reverse(seed: int = 0) -> QuestionDataset:
+def reverse(seed: int = 0) -> ProblemDataset:
     """Write five to seven digits backwards."""
-    return QuestionDataset("reverse", generate_reverse, seed=seed)
+    return ProblemDataset("reverse", generate_reverse, seed=seed)
 
 
-def count(seed: int = 0) -> QuestionDataset:
+def count(seed: int = 0) -> ProblemDataset:
     """Count how often one digit occurs among seven to ten."""
-    return QuestionDataset("count", generate_count, seed=seed)
+    return ProblemDataset("count", generate_count, seed=seed)
