@@ -105,6 +105,7 @@ class LoraStack:
         self.layout: dict[str, tuple[int, int]] = {}
         self.rows = Rows(0, base.device)
         self._active: _Active | None = None
+        self._head: _Active | None = None
         for name, linear in self.linears.items():
             linear.register_forward_hook(self._make_hook(name))
 
@@ -218,8 +219,6 @@ class LoraStack:
             return torch.cat([_adapted(x, y, leaves, name) for x, y, leaves in zip(xs, ys, active.leaves, strict=True)])
 
         return hook
-
-    _head: _Active | None = None
 
 
 def _adapted(x: Tensor, y: Tensor, leaves: dict[str, tuple[Tensor, Tensor, float]] | None, name: str) -> Tensor:

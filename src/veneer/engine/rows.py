@@ -29,7 +29,7 @@ class Rows:
         """A zeroed slot; the stack doubles when none is free."""
         if not self.free:
             slots = len(self.steps)
-            grown = max(4, slots)
+            grown = max(1, slots)
             for name in self._tensors():
                 old: Tensor = getattr(self, name)
                 setattr(self, name, torch.cat([old, torch.zeros(grown, self.size, device=self.device)]))
