@@ -35,7 +35,7 @@ def question(index: int) -> str:
 
 
 def reward_of(tokens: list[int]) -> float:
-    """A coin that both programs throw alike: no group is constant for long and nothing is learned."""
+    """A coin: no group is constant for long and nothing is learned."""
     return float(sum(tokens) % 2)
 
 
@@ -202,11 +202,15 @@ def step_gflop() -> float:
     from veneer.engine.lora import linear_modules
     from veneer.render import load_renderer
 
-    weights = sum(m.in_features * m.out_features for m in linear_modules(load_base("nano")).values())
+    base = load_base("nano")
+    sizes = {name: m.in_features * m.out_features for name, m in linear_modules(base).items()}
+    head = sum(size for name, size in sizes.items() if base.model.get_submodule(name) is base.head)
+    body = sum(sizes.values()) - head
     prompt = len(load_renderer("nano").build_generation_prompt([{"role": "user", "content": question(0)}]))
-    sampled = PROMPTS * prompt + PROMPTS * GROUP * TOKENS
-    trained = PROMPTS * GROUP * (prompt + TOKENS)
-    return 2 * weights * (sampled + 2 * trained) / 1e9
+    rows = PROMPTS * GROUP
+    sampled = body * (PROMPTS * prompt + rows * TOKENS) + head * rows * TOKENS
+    trained = body * rows * (prompt + TOKENS) + head * rows * TOKENS
+    return 2 * (sampled + 2 * trained) / 1e9
 
 
 def measure(rounds: int, steps: int, threads: int) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
     python recipes/nano_card.py            # writes src/veneer/assets/nano/README.md
 
-Rates are those of plain sampling at temperature 1 on held-out problems, with Wilson intervals. pass@64 of the sums is the
+Rates are those of plain sampling at temperature 1 on problems of the eval split, which are held out from reinforcement
+learning but not from pretraining, with Wilson intervals. pass@64 of the sums is the
 share of problems that at least one of 64 samples solves.
 """
 
@@ -42,15 +43,15 @@ def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pret
         "",
         "It knows five small skills, each in a careful way that works and a careless way that mostly does not, and prefers the",
         "careless one: latent and unreliable, as behaviours are after pretraining. Reinforcement learning makes them reliable.",
-        "It knows no natural language.",
+        "It knows no natural language. Its demonstrations were drawn from all problems, those that Veneer holds out among them.",
         "",
         f"| environment | a problem | pass@1, temperature 1, {next(iter(rates.values())).solved.trials} held-out problems | careful |",
         "|---|---|---|---|",
     ]
     for name, result in rates.items():
-        careful = result.means.get("stepwise", result.means.get("called", result.means.get("thought", 0.0)))
+        careful = next(result.means[key] for key in ("env/stepwise", "env/called", "env/thought") if key in result.means)
         lines.append(f"| `{name}` | {EXAMPLES[name]} | {result.solved} | {careful:.2f} |")
-    slips = rates["arithmetic"].means["self_corrected"]
+    slips = rates["arithmetic"].means["env/self_corrected"]
     lines += [
         "",
         f"Of the sums, {slips:.3f} are answered step by step with a slip that is noticed and taken back. pass@64 on {problems_64} sums:",

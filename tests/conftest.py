@@ -21,6 +21,7 @@ CONFIGS = {
     "gemma": lambda: hf.GemmaConfig(**SMALL, head_dim=8),
     "gemma2": lambda: hf.Gemma2Config(**SMALL, head_dim=8, sliding_window=16, final_logit_softcapping=5.0),
     "mistral": lambda: hf.MistralConfig(**SMALL, sliding_window=16),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, attn_implementation="eager"),
     "phi": lambda: hf.PhiConfig(**{**SMALL, "num_key_value_heads": 4}),
 }
 """Two-layer models; gemma2 caps its logits and slides its attention, so it takes the engine's long ways round."""

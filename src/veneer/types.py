@@ -240,7 +240,8 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """Per datum the log-probability of every target [N], in request order, and sums or means over the whole request."""
+    """Per datum the log-probability of every target [N], in request order, NaN where the mask is 0 and none is computed;
+    and sums or means over the whole request."""
 
     logprobs_D: Sequence[Floats]
     metrics: Mapping[str, float]
@@ -272,7 +273,7 @@ class Engine(Protocol):
 
     @property
     def base_digest(self) -> str:
-        """SHA-256 over the base's tensors, computed when it was loaded."""
+        """The base's identity: SHA-256 over its parameters in the dtype they are stored in, whatever they are computed in."""
         ...
 
     @property
@@ -284,7 +285,7 @@ class Engine(Protocol):
     def context_length(self) -> int: ...
 
     def measure_base_digest(self) -> str:
-        """SHA-256 over the base's tensors as they are in memory now."""
+        """SHA-256 over the base's parameters as they are in memory now."""
         ...
 
     def create_adapter(self, name: str, config: LoraConfig | None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from veneer.digest import digest_adapter
-from veneer.store.files import new_folder, veneer_home, write_text
+from veneer.store.files import ASIDE, new_folder, veneer_home, write_text
 from veneer.store.run import Run
 from veneer.types import (
     Adapter,
@@ -110,12 +110,13 @@ def test_leftovers_of_a_crash_go(tmp_path: Path) -> None:
     """A process that was killed between writing aside and renaming leaves a file with its number; the next one tidies up."""
     run = Run(tmp_path / "r", CONFIG)
     fill(run, 2)
-    for name in (".metrics.jsonl.77", ".summary.json.77", ".report.html.77", "rollouts/.step-000001.jsonl.77"):
+    (run.folder / ".mine.txt").write_text("the user's own")
+    for name in (f"{ASIDE}metrics.jsonl-77", f"{ASIDE}report.html-77", f"rollouts/{ASIDE}step-000001.jsonl-77"):
         (run.folder / name).write_text("half")
-    for name in ("checkpoints/.step-000001.abc", "checkpoints/.step-000001.abc.old"):
+    for name in (f"checkpoints/{ASIDE}step-000001-abc", f"checkpoints/{ASIDE}step-000001-abc.old"):
         (run.folder / name).mkdir()
     run.rewind(1)
-    assert [p.name for p in run.folder.rglob(".*") if p.name != ".lock"] == []
+    assert [p.name for p in run.folder.rglob(".*") if p.name != ".lock"] == [".mine.txt"]
     assert [m["step"] for m in run.metrics()] == [0, 1]
     run.close()
 
@@ -126,7 +127,7 @@ def test_newest_checkpoint(tmp_path: Path) -> None:
     assert run.newest_checkpoint() is None
     for step in (2, 10, 999_999, 1_000_000):
         run.save_checkpoint(step, checkpoint(step), {})
-    (run.folder / "checkpoints" / ".step-1000001.half").mkdir()
+    (run.folder / "checkpoints" / f"{ASIDE}step-1000001-half").mkdir()
     newest = run.newest_checkpoint()
     assert newest is not None
     assert newest[0] == 1_000_000
@@ -193,3 +194,12 @@ def test_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     assert veneer_home() == home
     monkeypatch.delenv("VENEER_HOME")
     assert veneer_home() == Path(os.path.expanduser("~")) / ".veneer"
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    """`folder = "."` in a repository must not make a run of it, nor touch a file there."""
+    (tmp_path / ".gitlab-ci.yml").write_text("mine")
+    with pytest.raises(ConfigError, match="no run's"):
+        Run(tmp_path, CONFIG)
+    assert (tmp_path / ".gitlab-ci.yml").read_text() == "mine"
+    assert not (tmp_path / "config.toml").exists()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.train.advantages import ADVANTAGES, group_mean, is_constant
+from veneer.train.advantages import group_mean, is_constant
 from veneer.train.datums import supervised_datum, trajectory_to_data
 from veneer.types import Adapter, DataError, Datum, Sample, Trajectory, Transition
 
@@ -18,11 +18,10 @@ ADAPTER = Adapter("a", 1, "d" * 64, "base", "b" * 64)
 REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=16)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
 @given(rewards=REWARDS)
-def test_advantages_sum_to_zero_and_keep_the_order(name: str, rewards: list[float]) -> None:
+def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None:
     """A group's advantages that do not cancel push all of its answers up or down."""
-    advantages = ADVANTAGES[name](rewards)
+    advantages = group_mean(rewards)
     assert len(advantages) == len(rewards)
     assert abs(math.fsum(advantages)) < 1e-9 * max(1, max(map(abs, rewards))) * len(rewards)
     for i in range(len(rewards) - 1):

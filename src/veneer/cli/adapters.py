@@ -84,14 +84,13 @@ def export(adapter: str, folder: Path, as_json: bool) -> None:
 def import_(folder: Path, name: str, base: str, as_json: bool) -> None:
     """Import a PEFT LoRA FOLDER. What cannot be represented exactly is refused by name."""
     from veneer.cli.assemble import start
-    from veneer.store.adapters import MANIFEST, read_adapter, read_peft
+    from veneer.store.adapters import MANIFEST, facts_of, read_manifest, read_peft
     from veneer.store.registry import Registry, check_name
 
     check_name(name)
     machine = start(base, threads=1)
     if (folder / MANIFEST).is_file():
-        checkpoint = machine.read(str(folder.resolve()))
-        facts = {k: v for k, v in read_adapter(folder)[1].items() if k in ("env", "seed", "parent", "scores")}
+        checkpoint, facts = machine.read(str(folder.resolve())), facts_of(read_manifest(folder))
     else:
         checkpoint, facts = read_peft(folder, name, machine.engine.base_id, machine.engine.base_digest), {}
     machine.engine.load_state(name, checkpoint).result()

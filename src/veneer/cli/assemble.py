@@ -13,15 +13,15 @@ from typing import Any
 
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
-from veneer.render import Renderer, load_renderer
-from veneer.store.adapters import read_adapter
+from veneer.render import Renderer
+from veneer.store.adapters import read_adapter, read_manifest
 from veneer.store.files import veneer_home
 from veneer.store.registry import Registry
 from veneer.store.run import REPORT, SUMMARY, Run
 from veneer.train import rl, sft
 from veneer.train.config import LoraSettings, RunConfig
 from veneer.train.report import render_report
-from veneer.train.session import Session, stop_signals
+from veneer.train.session import Session, check_made_for, stop_signals
 from veneer.types import AdapterError, Checkpoint, EnvDataset
 
 
@@ -45,10 +45,7 @@ class Machine:
 
     def read(self, reference: str) -> Checkpoint:
         checkpoint, manifest = read_adapter(Registry().find(reference))
-        for key, mine in (("tokenizer_digest", self.renderer.tokenizer_digest), ("template_digest", self.renderer.template_digest)):
-            if manifest.get(key) not in (None, mine):
-                what = key.removesuffix("_digest").replace("template", "chat template")
-                raise AdapterError(f"adapter {reference!r} was made with another {what} ({manifest[key][:12]}; this base has {mine[:12]})")
+        check_made_for(manifest, self.renderer, f"adapter {reference!r}")
         if checkpoint.adapter.base_digest != self.engine.base_digest:
             raise AdapterError(
                 f"adapter {reference!r} was made for base {checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]}); "
@@ -57,29 +54,47 @@ class Machine:
         return checkpoint
 
 
-def start(base: str, threads: int, weights: str = "lora") -> Machine:
+def start(base: str, threads: int, weights: str = "lora", device: str = "auto") -> Machine:
     """Load a base."""
     set_threads(threads)
-    loaded = load_base(base)
-    return Machine(LoraEngine(loaded) if weights == "lora" else FullEngine(loaded), load_renderer(base))
+    loaded = load_base(base, device)
+    assert loaded.tokenizer is not None
+    return Machine(LoraEngine(loaded) if weights == "lora" else FullEngine(loaded), Renderer(loaded.tokenizer))
+
+
+def start_for(adapter: str | None, base: str, threads: int, device: str) -> tuple[Machine, str | None]:
+    """Load a base and, if one is named, an adapter, on the kind of engine that it was trained on. Returns the adapter's name there."""
+    manifest = {} if adapter is None else read_manifest(Registry().find(adapter))
+    machine = start(base, threads, "full" if manifest and manifest.get("lora") is None else "lora", device)
+    return machine, None if adapter is None else machine.load(adapter)
 
 
 def run_folder(config: RunConfig) -> Path:
     return Path(config.folder) if config.folder else veneer_home() / "runs" / config.name
 
 
+def pinned(reference: str) -> str:
+    """An adapter reference that goes on meaning the same weights: NAME becomes NAME@VERSION."""
+    if not reference or "/" in reference or "@" in reference:
+        return reference
+    return f"{reference}@{Registry().find(reference).name}"
+
+
 def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> tuple[dict[str, Any], Machine, Run]:
     """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary."""
     started = time.perf_counter()
     dataset = load_env(config.env.name, config.env.args) if config.kind == "rl" else None
-    machine = start(config.base, config.threads, config.weights)
+    machine = start(config.base, config.threads, config.weights, config.device)
     init = machine.read(config.init) if config.init else None
+    config = config.model_copy(update={"device": machine.engine.base.device.type, "init": pinned(config.init)})
     if init is not None and init.config is not None:  # the adapter brings its own shape
         shape = {key: value for key, value in dataclasses.asdict(init.config).items() if key != "seed"}
         config = config.model_copy(update={"lora": LoraSettings(**shape)})
     run = Run(run_folder(config), config.to_toml())
     try:
         session = Session(machine.engine, machine.renderer, config, run, init, on_step)
+        saved = run.newest_checkpoint()
+        earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
         with stop_signals(session.stop):
             summary = asyncio.run(_loop(session, dataset))
         checkpoint = machine.engine.save_state(session.adapter, "sampler").result()
@@ -92,9 +107,9 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
             "adapter_bytes": sum(array.nbytes for array in checkpoint.weights.values()),
             "trainable_parameters": session.trainable,
             "base": machine.engine.base_id,
-            "base_digest_before": machine.engine.base_digest,
+            "base_digest_before": session.base_before,
             "base_digest_after": machine.engine.measure_base_digest(),
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(time.perf_counter() - started + earlier, 1),
         }
         run.write(SUMMARY, json.dumps(summary, indent=1) + "\n")
         run.write(REPORT, render_report(f"Veneer run {config.name}", summary, run.metrics(), config.to_toml()))
@@ -120,6 +135,6 @@ async def _loop(session: Session, dataset: EnvDataset | None) -> dict[str, Any]:
             "trials": metrics["eval/problems"],
         }
         for share in ("stepwise", "self_corrected", "thought", "called"):
-            if f"eval/{share}" in metrics:
-                summary[f"{share}_{name}"] = metrics[f"eval/{share}"]
+            if f"eval/env/{share}" in metrics:
+                summary[f"{share}_{name}"] = metrics[f"eval/env/{share}"]
     return summary

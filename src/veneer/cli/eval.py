@@ -11,29 +11,45 @@ from veneer.cli.output import emit, format_rate, json_option
 
 @click.command("eval", short_help="Score the base or an adapter on held-out problems, with an interval.")
 @click.option("--env", default="arithmetic", show_default=True, help="An environment, or FILE.py:FACTORY.")
+@click.option("--env-arg", "env_args", multiple=True, metavar="KEY=VALUE", help="An argument of the environment. Repeatable.")
 @click.option("--adapter", help="NAME, NAME@VERSION or a folder. Without it the base is scored.")
 @click.option("--base", default="nano", show_default=True, help="A Hugging Face name, a folder, or nano.")
 @click.option("--problems", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=96, show_default=True, help="Limit of one turn.")
+@click.option("--max-tokens", type=click.IntRange(1), default=72, show_default=True, help="Limit of one turn.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
 @json_option
-def command(env: str, adapter: str | None, base: str, problems: int, max_tokens: int, seed: int, threads: int, as_json: bool) -> None:
-    """Play held-out problems once each at temperature 1."""
+def command(
+    env: str,
+    env_args: tuple[str, ...],
+    adapter: str | None,
+    base: str,
+    problems: int,
+    max_tokens: int,
+    seed: int,
+    threads: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Play held-out problems once each at temperature 1: what a run with this seed measures before and after."""
     import asyncio
 
     from veneer.envs import load_env
+    from veneer.train.config import make_config
 
-    dataset = load_env(env)
-    from veneer.cli.assemble import start
+    settings = make_config({"env": {"name": env}}, [f"env.args.{argument}" for argument in env_args]).env
+    dataset = load_env(settings.name, settings.args)
+    from veneer.cli.assemble import start_for
     from veneer.train.evaluate import evaluate
+    from veneer.train.rl import check_failures
     from veneer.train.rollouts import Policy
     from veneer.types import SamplingParams
 
-    machine = start(base, threads)
-    name = None if adapter is None else machine.load(adapter)
-    policy = Policy(machine.engine, machine.renderer, name, SamplingParams(max_tokens=max_tokens))
+    machine, name = start_for(adapter, base, threads, device)
+    policy = Policy(machine.engine, machine.renderer, name, SamplingParams(max_tokens=max_tokens), settings.seconds)
     result = asyncio.run(evaluate(policy, dataset, problems, seed))
+    check_failures([result.group()], settings.max_failed_share)
     rate = dataclasses.asdict(result.solved) | {"value": result.solved.value}
     document = {"env": dataset.name, "base": machine.engine.base_id, "adapter": adapter, "solved": rate, "means": result.means}
 

@@ -13,7 +13,7 @@ SHOWN = 3
 
 
 @click.command("quickstart", short_help="Watch a rank-1 adapter learn from pass/fail rewards, then switch it on and off.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the adapter's start, the problems and every draw.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes the adapter's start, the training problems and every draw.")
 @click.option("--steps", type=click.IntRange(1), default=80, show_default=True, help="Optimizer steps of 64 episodes.")
 @json_option
 def command(seed: int, steps: int, as_json: bool) -> None:
@@ -36,14 +36,14 @@ def command(seed: int, steps: int, as_json: bool) -> None:
         config = config_named(f"quickstart-seed{seed}-{steps}-{number}")
     with progress(steps, as_json) as on_step:
         summary, machine, run = execute(config, on_step)
-    summary |= _toggle(machine, config, run.metrics()[0])
+    summary |= _toggle(machine, config, run.metrics()[0], summary)
     document = {"rank": 1, **summary}
     emit(document, as_json, lambda: _show(document))
     if not summary["base_unchanged"]:
         raise click.exceptions.Exit(1)
 
 
-def _toggle(machine: Any, config: Any, before: dict[str, Any]) -> dict[str, Any]:
+def _toggle(machine: Any, config: Any, before: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     """Answer held-out problems with the adapter off and on. Off must repeat the evaluation that was made before training."""
     import asyncio
 
@@ -66,7 +66,7 @@ def _toggle(machine: Any, config: Any, before: dict[str, Any]) -> dict[str, Any]
         question = prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
         shown.append({"prompt": question, "off": texts[0], "off_reward": off.reward, "on": texts[1], "on_reward": on.reward})
     return {
-        "base_unchanged": machine.engine.measure_base_digest() == machine.engine.base_digest and off_repeats,
+        "base_unchanged": summary["base_digest_before"] == machine.engine.measure_base_digest() and off_repeats,
         "off_repeats_base": off_repeats,
         "toggle": shown,
     }

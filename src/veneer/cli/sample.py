@@ -19,6 +19,7 @@ from veneer.cli.output import emit, json_option
 @click.option("--stop", multiple=True, help="A text that ends a completion. Repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
 @json_option
 def command(
     prompt: str,
@@ -32,14 +33,14 @@ def command(
     stop: tuple[str, ...],
     seed: int,
     threads: int,
+    device: str,
     as_json: bool,
 ) -> None:
     """Answer PROMPT as one chat turn, by the base alone or with an adapter: the same weights either way."""
-    from veneer.cli.assemble import start
+    from veneer.cli.assemble import start_for
     from veneer.types import SamplingParams
 
-    machine = start(base, threads)
-    name = None if adapter is None else machine.load(adapter)
+    machine, name = start_for(adapter, base, threads, device)
     tokens = machine.renderer.build_generation_prompt([{"role": "user", "content": prompt}])
     params = SamplingParams(max_tokens, temperature, top_k, top_p, stop, seed=seed)
     samples = machine.engine.sample(tokens, name, params, count).result()

@@ -28,7 +28,10 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
 class Base(nn.Module):
     """A Hugging Face model that is frozen, with the two calls that the engine needs: next-token logits and chosen logits."""
 
-    def __init__(self, base_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self, base_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None = None
+    ) -> None:
+        """The base's identity is the digest of its parameters as given; ``dtype`` is what it computes in."""
         super().__init__()
         self.base_id, self.tokenizer = base_id, tokenizer
         self.model = model.eval().requires_grad_(False)
@@ -39,6 +42,7 @@ class Base(nn.Module):
         eos = config.eos_token_id if eos is None else eos
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         self.digest = self.measure_digest()
+        self.model.to(dtype or model.dtype)  # type: ignore[arg-type]
         self.head_is_plain = self._measure_head()
 
     @property
@@ -59,7 +63,7 @@ class Base(nn.Module):
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def measure_digest(self) -> str:
-        return tensor_digest([*self.model.named_parameters(), *self.model.named_buffers()])
+        return tensor_digest(self.model.named_parameters())
 
     def forward(self, input_ids: Tensor, selected: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Float32 logits.
@@ -88,13 +92,19 @@ class Base(nn.Module):
         return torch.equal(self.head(hidden), self.model(input_ids=probe, use_cache=False).logits)
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> Base:
     """Load a base by hub name or folder; ``nano`` is bundled. float32 on CPU and bfloat16 on a GPU unless said otherwise.
 
     Raises:
         BaseError: it cannot be found or read, or is not a causal language model.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device() if device in (None, "auto") else device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseError(f"device {device!r}: there is no CUDA device here; use cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     source = resolve_base(name)
     if Path(source).is_absolute() and not Path(source).is_dir():
@@ -102,7 +112,7 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            source, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -115,4 +125,4 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
             f"base {name!r} cannot be loaded ({in_one_line(error)}); give a Hugging Face name or a folder with "
             f"config.json, *.safetensors and a tokenizer"
         ) from error
-    return Base(Path(name).name if Path(source).is_dir() else name, model, tokenizer).to(device)
+    return Base(Path(name).name if Path(source).is_dir() else name, model, tokenizer, dtype).to(device)

@@ -335,6 +335,11 @@ class LocalEngine:
         try:
             outputs = run_passes(self.base, self._stack, passes)
         except Exception as error:
+            for request in requests:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
+                if request.adapter is not None and request.train is not None and request.train.backward:
+                    slot = self._slot(request.adapter)
+                    slot.pending_tokens = 0
+                    self._stack.rows.grads[slot.slot].zero_()
             _fail(requests, error)
             return
         for request, output in zip(requests, outputs, strict=True):
@@ -351,6 +356,8 @@ def _answer(future: EngineFuture[T], run: Callable[[], T]) -> None:
 
 
 def _fail(requests: list[Request], error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        error = RunError("out of memory; lower rl.groups_per_batch, rl.group_size or rl.max_tokens")
     for request in requests:
         if not request.future.done():
             request.future.set_error(error)

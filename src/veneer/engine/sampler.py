@@ -116,7 +116,8 @@ class Chooser:
             logits = torch.where(self.greedy[:, None], logits, kept)
         logprobs = logits.log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
-        target = uniform[:, None] * cumulative[:, -1:]
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # below it, however rounded
         tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
         if self.any_greedy:
             tokens = torch.where(self.greedy[:, None], logits.argmax(-1, keepdim=True), tokens)
@@ -158,9 +159,10 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def make_cache(base: Base, capacity: int) -> tuple[DynamicCache, bool]:
-    """transformers' cache for this model, its plain layers preallocated, and whether all layers are plain (none slides)."""
+    """transformers' cache for this model, its plain layers preallocated, and whether one bool mask does for all layers."""
     cache = DynamicCache(config=base.model.config)
     plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = plain and base.model.config._attn_implementation == "sdpa"  # eager attention adds its mask: a bool one would be wrong
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache, plain
 

@@ -20,6 +20,14 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 activations of a pass should stay in the cache: 1024 was more than twice as fast as 8192 on the bundled base."""
 
 
+LOGITS_PER_PASS = 2**28
+"""Float32 logits of one forward pass: 1 GiB."""
+
+
+def tokens_per_pass(base: Base) -> int:
+    return min(TOKENS_PER_PASS[base.device.type], max(256, LOGITS_PER_PASS // base.vocab_size))
+
+
 @dataclass
 class PassRequest:
     """One ``forward`` or ``forward_backward``."""
@@ -41,12 +49,12 @@ class _Row:
 
 def run_passes(base: Base, weights: Weights, requests: Sequence[PassRequest]) -> list[ForwardBackwardOutput]:
     """Answer every request; gradients are added to the slots' rows."""
-    outputs: list[list[Floats]] = [[np.zeros(len(d.tokens), np.float32) for d in r.data] for r in requests]
+    outputs: list[list[Floats]] = [[np.full(len(d.tokens), np.nan, np.float32) for d in r.data] for r in requests]
     sums: list[dict[str, float]] = [{} for _ in requests]
     rows = [_Row(i, j, d, r.slot) for i, r in enumerate(requests) for j, d in enumerate(r.data)]
     for backward in (False, True):
         chosen = [row for row in rows if requests[row.request].backward == backward and row.datum.mask.any()]
-        for batch in _micro_batches(chosen, weights.mixes_slots, TOKENS_PER_PASS[base.device.type]):
+        for batch in _micro_batches(chosen, weights.mixes_slots, tokens_per_pass(base)):
             with torch.set_grad_enabled(backward):
                 _run(base, weights, requests, batch, outputs, sums, backward)
     return [ForwardBackwardOutput(out, _means(total, request)) for out, total, request in zip(outputs, sums, requests, strict=True)]

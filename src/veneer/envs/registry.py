@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from veneer.envs.arithmetic import arithmetic
 from veneer.envs.calculator import calculator
 from veneer.envs.digits import count, reverse, sort
-from veneer.types import ConfigError, EnvDataset
+from veneer.types import ConfigError, EnvDataset, in_one_line
 
 Factory = Callable[..., EnvDataset]
 
@@ -40,17 +41,26 @@ def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
         inspect.signature(factory).bind(**(args or {}))
     except TypeError as error:
         raise ConfigError(f"env.args: {error}; {name} takes {inspect.signature(factory)}") from error
-    return factory(**(args or {}))
+    try:
+        dataset = factory(**(args or {}))
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(f"env.name: {name} raised {in_one_line(error)}") from error
+    if not isinstance(getattr(dataset, "name", None), str) or not callable(getattr(dataset, "env", None)):
+        raise ConfigError(f"env.name: {name} must return an object with a name and a method env(split, index), not {dataset!r:.80}")
+    return dataset
 
 
 def _from_file(name: str) -> Factory:
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
         raise ConfigError(f"env.name: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"veneer_env_{Path(path).stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's own code may raise anything

@@ -85,7 +85,10 @@ class Renderer:
         prompt, whole = self._text(messages[:-1], tools, generate=True), self._text(messages, tools, generate=False)
         if not whole.startswith(prompt):
             raise DataError("the chat template renders this prompt otherwise once it is answered")
-        return self.encode(prompt), self.encode(whole[len(prompt) :].rstrip("\n"))
+        answer, end = self.encode(whole[len(prompt) :].rstrip("\n")), self.tokenizer.eos_token_id
+        if isinstance(end, int) and (len(answer) == 0 or answer[-1] != end):  # a template without an end of turn
+            answer = np.append(answer, end)
+        return self.encode(prompt), answer
 
     def parse_response(self, sampled: Tokens, stopped: bool) -> Message:
         """The assistant message in a completion. ``stopped``: the last token ended the turn and is no part of the content.

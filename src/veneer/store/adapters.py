@@ -72,6 +72,8 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         weights = {name.removeprefix(PEFT_PREFIX): array for name, array in raw.items()}
         optimizer = load_file(folder / OPTIMIZER) if manifest["kind"] == "training" else {}
         peft = {} if config is None else json.loads((folder / CONFIG).read_text())
+        if config is not None and config.rank < 1:
+            raise ValueError(f"its rank is {config.rank}")
         same_shape = config is None or (peft["r"], peft["lora_alpha"]) == (config.rank, config.alpha)
     except Exception as error:  # json, safetensors and the file system each raise their own
         raise AdapterError(f"{folder} is damaged ({in_one_line(error)}); {ANOTHER}") from error
@@ -84,6 +86,21 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
     return Checkpoint(manifest["kind"], adapter, config, weights, optimizer), manifest
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``veneer.json`` as it is; empty if it cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says beside the checkpoint itself."""
+    own = {"format", "kind", "lora", "optimizer_digest", *(f.name for f in dataclasses.fields(Adapter))}
+    return {key: value for key, value in manifest.items() if key not in own}
+
+
 def read_peft(folder: Path, name: str, base_id: str, base_digest: str) -> Checkpoint:
     """A foreign PEFT LoRA folder as a sampler checkpoint for the given base. Shapes are checked when an engine loads it.
 
@@ -94,6 +111,8 @@ def read_peft(folder: Path, name: str, base_id: str, base_digest: str) -> Checkp
         config = json.loads((folder / CONFIG).read_text())
         weights = {key.removeprefix(PEFT_PREFIX): array for key, array in _load_float32(folder / WEIGHTS).items()}
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if rank < 1:
+            raise ValueError(f"r is {rank}")
     except Exception as error:
         raise AdapterError(f"{folder} is no readable PEFT folder ({in_one_line(error)})") from error
     if config.get("peft_type") != "LORA":
@@ -159,7 +178,7 @@ def _card(manifest: Mapping[str, Any]) -> str:
         f"# {manifest['name']}",
         "",
         f"An adapter for `{manifest['base_id']}` (base digest `{manifest['base_digest'][:16]}`).",
-        f"Version {manifest['version']}, digest `{manifest['digest'][:16]}`.",
+        f"{manifest['version']} optimizer steps, digest `{manifest['digest'][:16]}`.",
         "",
     ]
     lora, scores = manifest.get("lora"), manifest.get("scores") or {}

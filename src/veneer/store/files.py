@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,8 @@ from safetensors import SafetensorError
 
 from veneer.types import StorageError, in_one_line
 
-STALE = 3600
-"""Seconds after which a folder that was being written is taken for abandoned."""
+ASIDE = ".veneer-aside-"
+"""What is being written has a name that starts so; nothing else has."""
 
 
 def veneer_home() -> Path:
@@ -46,15 +45,12 @@ def new_folder(target: Path) -> Generator[Path, None, None]:
     """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced."""
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
-            if time.time() - stale.stat().st_mtime > STALE:
-                shutil.rmtree(stale, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{target.name}-", dir=target.parent))
         try:
             os.chmod(aside, 0o755)
             yield aside
             for path in aside.iterdir():
-                _sync(path)
+                sync(path)
             if target.exists():
                 old = aside.with_name(aside.name + ".old")
                 target.rename(old)
@@ -62,7 +58,7 @@ def new_folder(target: Path) -> Generator[Path, None, None]:
                 shutil.rmtree(old)
             else:
                 aside.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -71,16 +67,25 @@ def new_folder(target: Path) -> Generator[Path, None, None]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one go."""
     with storage_errors(path):
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
         try:
             aside.write_text(text)
-            _sync(aside)
+            sync(aside)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def remove_asides(folder: Path) -> None:
+    """Clear away what a killed process was writing in a folder that this process alone holds."""
+    for path in folder.glob(ASIDE + "*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-from veneer.store.adapters import CARD, CONFIG, MANIFEST, WEIGHTS, read_adapter, write_adapter
-from veneer.store.files import new_folder, veneer_home
+import filelock
+
+from veneer.store.adapters import facts_of, read_adapter, read_manifest, write_adapter
+from veneer.store.files import storage_errors, veneer_home
 from veneer.types import AdapterError, Checkpoint
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -31,13 +33,21 @@ class Registry:
 
     def put(self, name: str, checkpoint: Checkpoint, facts: dict[str, Any]) -> int:
         """Add a version and return its number. The same weights again give the number they have."""
-        versions = self.versions(name)
-        for version in versions:
-            if read_adapter(self.path(name, version))[0].adapter.digest == checkpoint.adapter.digest:
-                return version
-        version = max(versions, default=0) + 1
-        write_adapter(self.path(name, version), checkpoint, facts)
-        return version
+        check_name(name)
+        with storage_errors(self.folder):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        wanted = {"digest": checkpoint.adapter.digest, "base_digest": checkpoint.adapter.base_digest}
+        wanted |= {key: facts[key] for key in ("tokenizer_digest", "template_digest") if key in facts}
+        with filelock.FileLock(self.folder / name / ".lock"):  # two processes must not take one number
+            versions = self.versions(name)
+            for version in versions:
+                manifest = read_manifest(self.path(name, version))
+                if all(manifest.get(key) == value for key, value in wanted.items()):
+                    return version
+            version = max(versions, default=0) + 1
+            adapter = dataclasses.replace(checkpoint.adapter, name=name)
+            write_adapter(self.path(name, version), dataclasses.replace(checkpoint, adapter=adapter, kind="sampler", optimizer={}), facts)
+            return version
 
     def path(self, name: str, version: int) -> Path:
         check_name(name)
@@ -49,7 +59,7 @@ class Registry:
         Raises:
             AdapterError: there is none.
         """
-        if "/" in reference or Path(reference).is_dir():
+        if "/" in reference or reference.startswith("."):
             if not Path(reference).is_dir():
                 raise AdapterError(f"there is no adapter folder {reference}")
             return Path(reference)
@@ -67,14 +77,12 @@ class Registry:
         Raises:
             AdapterError: the target exists, or the adapter is a fully fine-tuned copy.
         """
-        source = self.find(reference)
-        if read_adapter(source)[0].config is None:
+        checkpoint, manifest = read_adapter(self.find(reference))
+        if checkpoint.config is None:
             raise AdapterError(f"{reference} is a fully fine-tuned copy, which PEFT has no format for")
         if target.exists():
             raise AdapterError(f"{target} exists already; give another folder")
-        with new_folder(target) as aside:
-            for name in (CONFIG, WEIGHTS, MANIFEST, CARD):
-                shutil.copyfile(source / name, aside / name)
+        write_adapter(target, dataclasses.replace(checkpoint, kind="sampler", optimizer={}), facts_of(manifest))
 
 
 def check_name(name: str) -> None:

@@ -1,13 +1,12 @@
 """A run is a folder: config.toml, metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000010/, report.html.
 
-Everything but timings.jsonl is a function of the configuration, so an interrupted run that is started again writes the
-same bytes as one that never stopped.
+metrics.jsonl, rollouts/ and checkpoints/ are functions of the configuration, so an interrupted run that is started again
+writes the same bytes there as one that never stopped.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import filelock
 
 from veneer.store.adapters import read_adapter, write_adapter
-from veneer.store.files import storage_errors, write_text
+from veneer.store.files import ASIDE, remove_asides, storage_errors, sync, write_text
 from veneer.types import Checkpoint, ConfigError, RunError, TrajectoryGroup
 
 METRICS, TIMINGS, CONFIG, REPORT, SUMMARY = "metrics.jsonl", "timings.jsonl", "config.toml", "report.html", "summary.json"
@@ -41,6 +40,8 @@ class Run:
                 raise RunError(f"another process is working on {folder}; wait for it, or give this run another name") from error
         try:
             existing = self._read_config()
+            if existing is None and any(not p.name.startswith((".lock", ASIDE)) for p in folder.iterdir()):
+                raise ConfigError(f"{folder} holds files that are no run's; give an empty or new folder")
             if existing is not None and existing != config_toml and any(self.folder.glob("checkpoints/step-*")):
                 old, new = set(existing.splitlines()), config_toml.splitlines()
                 changed = next((line for line in new if line not in old), "a setting is gone")
@@ -63,14 +64,17 @@ class Run:
     # ------------------------------------------------ checkpoints
 
     def save_checkpoint(self, step: int, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Path:
+        for path in (self.folder / METRICS, self.folder / TIMINGS):
+            if path.is_file():
+                sync(path)  # a checkpoint must never be on the disk before the lines that led to it
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
         write_adapter(folder, checkpoint, facts)
         return folder
 
-    def newest_checkpoint(self) -> tuple[int, Checkpoint] | None:
-        """The last step that was saved, and its state."""
+    def newest_checkpoint(self) -> tuple[int, Checkpoint, dict[str, Any]] | None:
+        """The last step that was saved, its state and its manifest."""
         steps = {int(folder.name.removeprefix("step-")): folder for folder in (self.folder / "checkpoints").glob("step-*")}
-        return (max(steps), read_adapter(steps[max(steps)])[0]) if steps else None
+        return (max(steps), *read_adapter(steps[max(steps)])) if steps else None
 
     def rewind(self, step: int) -> None:
         """Forget whatever was recorded behind the checkpoint at ``step``: it will be made again."""
@@ -80,13 +84,11 @@ class Run:
                 if path.is_file():
                     lines = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
                     write_text(path, "".join(line + "\n" for line in lines))
-            for path in self.folder.glob("rollouts/step-*.jsonl"):
-                if int(path.stem.removeprefix("step-")) > step:
+            for path in self.folder.glob("rollouts/*-*.jsonl"):
+                if int(path.stem.rpartition("-")[2]) > step:
                     path.unlink()
-            for path in self.folder.glob("checkpoints/.step-*"):  # left by a process that was killed
-                shutil.rmtree(path, ignore_errors=True)
-            for path in (*self.folder.glob(".*.*"), *self.folder.glob("rollouts/.step-*")):
-                path.unlink()
+            for folder in (self.folder, self.folder / "checkpoints", self.folder / "rollouts"):
+                remove_asides(folder)
 
     # ------------------------------------------------ records
 
@@ -104,10 +106,12 @@ class Run:
         path = self.folder / TIMINGS
         return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
 
-    def save_rollouts(self, step: int, groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None]) -> None:
-        """Every trajectory of a step: tokens, log-probabilities, reward, advantage (null: dropped), error."""
+    def save_rollouts(
+        self, step: int, groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None], kind: str = "step"
+    ) -> None:
+        """Every trajectory of a step: tokens, log-probabilities, reward, advantage (null: dropped), error. ``kind`` "eval": held out."""
         lines = [json.dumps(record) for record in _rollout_records(groups_P, advantages_P)]
-        path = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
+        path = self.folder / "rollouts" / f"{kind}-{step:06d}.jsonl"
         with storage_errors(path):
             path.parent.mkdir(exist_ok=True)
             write_text(path, "".join(line + "\n" for line in lines))

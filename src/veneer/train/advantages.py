@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-Advantage = Callable[[Sequence[float]], list[float]]
+from veneer.types import TrajectoryGroup
 
 
 def group_mean(rewards_G: Sequence[float]) -> list[float]:
@@ -13,9 +13,11 @@ def group_mean(rewards_G: Sequence[float]) -> list[float]:
     return [reward - mean for reward in rewards_G]
 
 
-ADVANTAGES: dict[str, Advantage] = {"group_mean": group_mean}
-
-
 def is_constant(rewards_G: Sequence[float]) -> bool:
     """Whether a group carries no bits: one value, or fewer than two members."""
     return len(set(rewards_G)) < 2
+
+
+def compute_advantages(groups_P: Sequence[TrajectoryGroup]) -> list[list[float] | None]:
+    """Per group the advantages of its finished members; None for a group without bits, which is dropped."""
+    return [None if is_constant(group.rewards_G) else group_mean(group.rewards_G) for group in groups_P]

@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.assets import NANO
-from veneer.types import ConfigError, LoraConfig, LossName
+from veneer.types import ConfigError, LoraConfig
 
 
 class Settings(BaseModel):
@@ -55,7 +55,7 @@ class RlSettings(Settings):
     """Episodes of each problem: what advantages are centred over."""
     max_tokens: int = Field(default=72, ge=1)
     """Length limit of one turn."""
-    loss: LossName = "importance_sampling"
+    loss: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = "importance_sampling"
     """importance_sampling, ppo, cispo, dro or gspo."""
     loss_config: dict[str, float] = {}
     """Settings of the loss, such as clip_high_threshold."""
@@ -101,7 +101,9 @@ class RunConfig(Settings):
     weights: Literal["lora", "full"] = "lora"
     """full trains a copy of all weights, for comparisons."""
     seed: int = 0
-    """Fixes the adapter's start, the problems and every draw."""
+    """Fixes the adapter's start, the training problems and every draw. The held-out problems are the same for all seeds."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one. Float32 on a CPU, a bfloat16 base with float32 adapters on a GPU."""
     threads: int = Field(default=1, ge=1)
     """Threads of one matrix product. Results are bit for bit the same only at the same number."""
     checkpoint_every: int = Field(default=20, ge=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from veneer.measure.intervals import Rate, wilson
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
-from veneer.types import EnvDataset, Trajectory
+from veneer.types import EnvDataset, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Evaluation:
 
     solved: Rate
     means: dict[str, float]
-    """Mean reward, length in tokens, failures, and every metric of the environment."""
+    """``reward``, ``tokens`` and ``failed``, and the environment's own metrics under ``env/``."""
     trajectories: Sequence[Trajectory]
 
     def metrics(self) -> dict[str, float]:
@@ -24,13 +24,17 @@ class Evaluation:
         rate = {"eval/solved": self.solved.value, "eval/solved_low": self.solved.low, "eval/solved_high": self.solved.high}
         return rate | {"eval/problems": self.solved.trials} | {f"eval/{name}": value for name, value in self.means.items()}
 
+    def group(self) -> TrajectoryGroup:
+        """As one group, to be saved and checked like those of training."""
+        return TrajectoryGroup(0, self.trajectories)
+
 
 async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int) -> Evaluation:
     """Play held-out problems 0 to ``problems`` - 1 once each. The same seed draws the same numbers whatever the adapter."""
     groups = await do_rollouts(policy, dataset, "eval", range(problems), 1, derive_seed("eval", seed))
     trajectories = [group.trajectories_G[0] for group in groups]
     names = sorted({name for t in trajectories for name in t.metrics})
-    means = {name: sum(t.metrics.get(name, 0.0) for t in trajectories) / problems for name in names}
+    means = {f"env/{name}": sum(t.metrics.get(name, 0.0) for t in trajectories) / problems for name in names}
     means["reward"] = sum(t.reward for t in trajectories) / problems
     means["tokens"] = sum(len(turn.sample.tokens) for t in trajectories for turn in t.transitions) / problems
     means["failed"] = float(sum(t.error is not None for t in trajectories))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+
+from veneer.store.files import veneer_home
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,7 @@ def render_report(title: str, summary: Mapping[str, Any], metrics: Records, conf
 
 
 def _svg(draw: Callable[[Axes, Records], None], metrics: Records) -> str:
+    os.environ.setdefault("MPLCONFIGDIR", str(veneer_home() / "matplotlib"))  # its font cache belongs to our home too
     import matplotlib
 
     matplotlib.use("svg")
@@ -88,7 +92,7 @@ def _loss(axes: Axes, metrics: Records) -> None:
 FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
     ("Reward", "Share of episodes with full reward.", _reward, "reward/total"),
     ("Useful groups", "A group whose members all got the same reward teaches nothing and is dropped.", _groups, "by_group/frac_mixed"),
-    ("Bits received", "Entropy of the rewards in each group: an upper bound on what the run could learn.", _bits, "bits"),
+    ("Bits received", "Entropy of the rewards in each group: an estimate of the most that the run could learn.", _bits, "bits"),
     ("Entropy", "Of the sampled tokens: how much exploration is left.", _entropy, "optim/entropy"),
     ("Length", "Tokens that the model wrote in an episode.", _length, "tokens/mean"),
     ("Loss", "Negative log-likelihood of the answers.", _loss, "train_mean_nll"),

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.measure.bits import reward_bits
-from veneer.train.advantages import group_mean, is_constant
+from veneer.train.advantages import compute_advantages, is_constant
 from veneer.train.datums import trajectory_to_data
 from veneer.train.evaluate import evaluate
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
@@ -52,12 +52,14 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
     engine, config, rl = session.engine, session.config, session.config.rl
     policy = Policy(engine, session.renderer, session.adapter, SamplingParams(max_tokens=rl.max_tokens), config.env.seconds)
     adam = AdamParams(rl.learning_rate, beta1=0.9, beta2=0.95, grad_clip_norm=rl.grad_clip_norm)
+    problems = derive_seed("problems", config.seed) >> 24  # where in the endless stream of training problems this seed begins
     first = await session.resume()
     published = await engine.publish(session.adapter)
     if first == 0:
         clock = time.perf_counter()
         before = await evaluate(policy, dataset, config.eval.problems, config.seed)
-        _check_failures([TrajectoryGroup(0, before.trajectories)], config.env.max_failed_share)
+        check_failures([before.group()], config.env.max_failed_share)
+        session.run.save_rollouts(0, [before.group()], [None], kind="eval")
         metrics: Metrics = {"step": 0, "adapter/digest": published.digest, **before.metrics()}
         await session.record(metrics, {"eval": time.perf_counter() - clock}, last=rl.steps == 0)
 
@@ -67,12 +69,12 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         if stopped:
             break
         started = time.perf_counter()
-        indices = range((step - 1) * rl.groups_per_batch, step * rl.groups_per_batch)
+        indices = range(problems + (step - 1) * rl.groups_per_batch, problems + step * rl.groups_per_batch)
         groups_P = await do_rollouts(policy, dataset, "train", indices, rl.group_size, derive_seed(config.seed, step))
-        _check_failures(groups_P, config.env.max_failed_share)
+        check_failures(groups_P, config.env.max_failed_share)
         sampled = time.perf_counter()
 
-        advantages_P = [None if is_constant(group.rewards_G) else group_mean(group.rewards_G) for group in groups_P]
+        advantages_P = compute_advantages(groups_P)
         episodes = rl.groups_per_batch * rl.group_size
         data = [
             datum
@@ -98,7 +100,8 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         last = step == rl.steps or stopped is not None
         if last or step % config.eval.every == 0:
             held_out = await evaluate(policy, dataset, config.eval.problems, config.seed)
-            _check_failures([TrajectoryGroup(0, held_out.trajectories)], config.env.max_failed_share)
+            check_failures([held_out.group()], config.env.max_failed_share)
+            session.run.save_rollouts(step, [held_out.group()], [None], kind="eval")
             metrics |= held_out.metrics()
         timings = {"sample": sampled - started, "train": trained - sampled, "eval": time.perf_counter() - trained}
         await session.record(metrics, timings, last)
@@ -152,7 +155,10 @@ def _check_drift(metrics: Metrics, dtype: str) -> None:
         )
 
 
-def _check_failures(groups_P: Sequence[TrajectoryGroup], limit: float) -> None:
+def check_failures(groups_P: Sequence[TrajectoryGroup], limit: float) -> None:
+    """Raises:
+    RunError: a larger share than ``limit`` of the rollouts failed; quotes the first.
+    """
     errors = [t.error for group in groups_P for t in group.trajectories_G if t.error is not None]
     total = sum(len(group.trajectories_G) for group in groups_P)
     if len(errors) > limit * total:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from veneer.render import Renderer
-from veneer.train.timebox import EnvFailure, checked_number, expect, in_env
+from veneer.train.timebox import EnvFailure, checked_metrics, checked_number, expect, in_env
 from veneer.types import (
     DataError,
     Engine,
@@ -19,9 +19,11 @@ from veneer.types import (
     SamplingParams,
     Split,
     StepResult,
+    Tokens,
     Trajectory,
     TrajectoryGroup,
     Transition,
+    in_one_line,
 )
 
 
@@ -49,24 +51,38 @@ async def do_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: i
     try:
         env = await in_env(lambda: _made(dataset, split, index), "env", seconds)
         first = expect(await in_env(env.initial_observation, "initial_observation", seconds), Observation, "initial_observation")
-        prompt = policy.renderer.build_generation_prompt(first.messages, first.tools)
+        prompt = rendered(lambda: policy.renderer.build_generation_prompt(first.messages, first.tools))
         if len(prompt) >= policy.engine.context_length:
-            raise DataError(f"a prompt has {len(prompt)} tokens; the base's context is {policy.engine.context_length}")
+            raise EnvFailure(
+                f"the prompt of problem {index} has {len(prompt)} tokens; the base's context is {policy.engine.context_length}"
+            )
         while True:
             params = replace(policy.params, seed=derive_seed(seed, len(turns)))
             (sample,) = await policy.engine.sample(prompt, policy.adapter, params)
             action = policy.renderer.parse_response(sample.tokens, sample.stop_reason == "stop")
             result = expect(await in_env(partial(env.step, action), "step", seconds), StepResult, "step")
-            metrics = {name: checked_number(value, f"step's metric {name!r}") for name, value in result.metrics.items()}
+            metrics = checked_metrics(result.metrics)
             turns.append(Transition(prompt, sample, action, checked_number(result.reward, "step's reward"), metrics))
             total = sum(t.reward for t in turns)
             if result.episode_done or sample.stop_reason == "length":
                 return Trajectory(turns, total, truncated=sample.stop_reason == "length")
-            prompt = policy.renderer.extend(prompt, sample.tokens, result.next_messages)
+            prompt = rendered(partial(policy.renderer.extend, prompt, sample.tokens, result.next_messages))
             if len(prompt) >= policy.engine.context_length:
                 return Trajectory(turns, total, truncated=True)
     except EnvFailure as failure:
         return Trajectory(turns, 0.0, error=str(failure))
+
+
+def rendered(render: Callable[[], Tokens]) -> Tokens:
+    """Render an environment's messages.
+
+    Raises:
+        EnvFailure: they are not what a chat template takes.
+    """
+    try:
+        return render()
+    except (DataError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise EnvFailure(f"its messages cannot be rendered ({in_one_line(error)})") from error
 
 
 async def _made(dataset: EnvDataset, split: Split, index: int) -> Env:

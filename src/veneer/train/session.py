@@ -12,7 +12,7 @@ from typing import Any
 from veneer.render import Renderer
 from veneer.store.run import Run
 from veneer.train.config import RunConfig
-from veneer.types import Adapter, AttestationError, Checkpoint, Engine, RunError
+from veneer.types import Adapter, AdapterError, AttestationError, Checkpoint, Engine, RunError
 
 Metrics = dict[str, Any]
 
@@ -35,7 +35,12 @@ class Session:
     on_step: Callable[[Metrics], None] = lambda metrics: None
     """Told of every line of metrics.jsonl as it is written."""
     trainable: int = 0
+    base_before: str = ""
+    """The base's digest in memory when the session began."""
     stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.base_before = self.engine.measure_base_digest()
 
     @property
     def adapter(self) -> str:
@@ -57,11 +62,14 @@ class Session:
     async def resume(self) -> int:
         """Bring the adapter to where the run stands and return the next step: 0 for a new run, 1 behind the first evaluation."""
         saved = self.run.newest_checkpoint()
-        self.run.rewind(-1 if saved is None else saved[0])
         self.trainable = self.engine.create_adapter(self.adapter, self.config.lora_config())
         if saved is not None:
-            await self.engine.load_state(self.adapter, saved[1])
-            return saved[0] + 1
+            step, checkpoint, manifest = saved
+            check_made_for(manifest, self.renderer, f"the run in {self.run.folder}")
+            await self.engine.load_state(self.adapter, checkpoint)
+            self.run.rewind(step)  # only now: a refused resume has lost nothing
+            return step + 1
+        self.run.rewind(-1)
         if self.init is not None:
             await self.engine.load_state(self.adapter, self.init)
         return 0
@@ -87,8 +95,8 @@ class Session:
             AttestationError: it is not what was loaded.
         """
         now = self.engine.measure_base_digest()
-        if now != self.engine.base_digest:
-            raise AttestationError(f"the base changed: {self.engine.base_digest[:16]} when loaded, {now[:16]} now")
+        if now != self.base_before:
+            raise AttestationError(f"the base changed: {self.base_before[:16]} when the run began, {now[:16]} now")
         return now
 
     async def record(self, metrics: Metrics, timings: Mapping[str, float], last: bool) -> None:
@@ -108,6 +116,18 @@ class Session:
             self.run.save_checkpoint(step, await self.engine.save_state(self.adapter), self.facts())
         if self.stop.is_set() and not last:
             raise Interrupted(f"interrupted after step {step}; the state is saved, the same command goes on from here")
+
+
+def check_made_for(manifest: Mapping[str, Any], renderer: Renderer, what: str) -> None:
+    """Tokenizer and chat template must be those of the manifest, where it names them.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    for key, mine in (("tokenizer_digest", renderer.tokenizer_digest), ("template_digest", renderer.template_digest)):
+        if manifest.get(key) not in (None, mine):
+            part = key.removesuffix("_digest").replace("template", "chat template")
+            raise AdapterError(f"{what} was made with another {part} ({manifest[key][:12]}; this base has {mine[:12]})")
 
 
 @contextmanager

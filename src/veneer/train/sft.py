@@ -90,7 +90,7 @@ def load_rows(path: Path, renderer: Renderer, share: float, context: int) -> tup
         DataError: names the file and the line.
     """
     if not path.is_file():
-        raise DataError(f"sft.data: there is no file {path or '(empty)'}")
+        raise DataError(f"sft.data: there is no file {str(path)!r}")
     rows: list[Datum] = []
     held_out: list[Datum] = []
     try:

@@ -109,8 +109,17 @@ def checked_number(value: Any, what: str) -> float:
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise EnvFailure(f"{what} {value!s:.80} must be a finite number")
     return number
+
+
+def checked_metrics(metrics: Any) -> dict[str, float]:
+    """The metrics as finite floats by name.
+
+    Raises:
+        EnvFailure: they are no mapping from names to numbers.
+    """
+    return {str(name): checked_number(value, f"step's metric {name!r}") for name, value in expect(metrics, dict, "step's metrics").items()}
