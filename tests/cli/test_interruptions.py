@@ -35,7 +35,7 @@ def whole(veneer: Veneer, files: Path, tmp_path_factory: pytest.TempPathFactory)
     result = veneer(home, "train", files, "--json")
     assert result.code == 0, result.err
     found = evidence(home)
-    assert len(found) == 2 + 6 + 2 + 2
+    assert len(found) == 2 + 6 + 3 + 2 + 2
     return found
 
 

@@ -37,4 +37,6 @@ def wilson(successes: int, trials: int, z: float = Z95) -> Rate:
     p, n = successes / trials, trials
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Rate(successes, trials, max(0.0, centre - half), min(1.0, centre + half))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)  # exactly: rounding leaves 1e-17
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return Rate(successes, trials, low, high)

@@ -47,7 +47,7 @@ class Renderer:
         return text
 
     def encode(self, text: str) -> Tokens:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), np.int64)
 
     def decode(self, tokens: Tokens) -> str:
         return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
