@@ -41,9 +41,10 @@ def page(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `make seeds`. Rank 1 on all linear maps of veneer-nano, sums of three to five numbers, 80 steps of 8 problems x 8",
-        f"episodes, learning rate 1.5e-3; {runs[0]['reward_before']['trials']} held-out problems, 95% Wilson intervals. Stepwise and",
-        "self-corrected are shares of all held-out answers.",
+        f"Written by `make seeds`. Rank 1 on all linear maps of veneer-nano, sums of three to five numbers, {runs[0]['steps']} steps of",
+        "8 problems x 8 episodes, learning rate 1.5e-3. The seed fixes the adapter's start, the training problems and every draw; the",
+        f"{runs[0]['reward_before']['trials']} held-out problems are the same for all. 95% Wilson intervals. Stepwise and self-corrected",
+        "are shares of all held-out answers.",
         "",
         "| seed | before | after | stepwise | self-corrected | bits | base unchanged | seconds | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",

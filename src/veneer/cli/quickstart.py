@@ -14,7 +14,7 @@ SHOWN = 3
 
 @click.command("quickstart", short_help="Watch a rank-1 adapter learn from pass/fail rewards, then switch it on and off.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes the adapter's start, the training problems and every draw.")
-@click.option("--steps", type=click.IntRange(1), default=80, show_default=True, help="Optimizer steps of 64 episodes.")
+@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Optimizer steps of 64 episodes.")
 @json_option
 def command(seed: int, steps: int, as_json: bool) -> None:
     """Train a rank-1 adapter on the bundled base to add numbers step by step, from pass/fail rewards alone.
