@@ -42,7 +42,8 @@ def reward_of(tokens: list[int]) -> float:
 # ---------------------------------------------------------------- one side each
 
 
-def veneer_worker(steps: int, threads: int) -> list[float]:
+def veneer_worker(steps: int, threads: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and of the sampling in it."""
     import asyncio
 
     from veneer.engine import LoraEngine, load_base, set_threads
@@ -74,8 +75,10 @@ def veneer_worker(steps: int, threads: int) -> list[float]:
     params = SamplingParams(max_tokens=TOKENS, stop_token_ids=())
     policy = Policy(engine, load_renderer("nano"), "bench", params)
 
-    async def step(number: int) -> None:
+    async def step(number: int) -> float:
+        clock = time.perf_counter()
         groups_P = await do_rollouts(policy, Coins(), "train", range(number * PROMPTS, (number + 1) * PROMPTS), GROUP, number)
+        sampled = time.perf_counter() - clock
         data = [
             datum
             for group in groups_P
@@ -85,16 +88,19 @@ def veneer_worker(steps: int, threads: int) -> list[float]:
         await engine.forward_backward("bench", data, "importance_sampling")
         await engine.optim_step("bench", AdamParams(1e-4))
         await engine.publish("bench")
+        return sampled
 
     seconds: list[float] = []
+    sampling: list[float] = []
     for number in range(steps):
         clock = time.perf_counter()
-        asyncio.run(step(number))
+        sampling.append(asyncio.run(step(number)))
         seconds.append(time.perf_counter() - clock)
-    return seconds
+    return seconds, sampling
 
 
-def trl_worker(steps: int, threads: int) -> list[float]:
+def trl_worker(steps: int, threads: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and of the calls of ``generate`` in it."""
     import tempfile
 
     import torch
@@ -114,6 +120,16 @@ def trl_worker(steps: int, threads: int) -> list[float]:
             seconds.append(time.perf_counter() - self.started)
 
     model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    sampling: list[float] = []
+    generate = model.generate
+
+    def timed_generate(*args, **kwargs):  # type: ignore[no-untyped-def]
+        clock = time.perf_counter()
+        answer = generate(*args, **kwargs)
+        sampling.append(time.perf_counter() - clock)
+        return answer
+
+    model.generate = timed_generate
     rows = [{"prompt": [{"role": "user", "content": question(i)}]} for i in range(PROMPTS * steps)]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -145,16 +161,19 @@ def trl_worker(steps: int, threads: int) -> list[float]:
             callbacks=[Clock()],
         )
         trainer.train()
-    return seconds
+    assert len(sampling) == len(seconds), "generate was not called once a step"
+    return seconds, sampling
 
 
 def worker(side: str, steps: int, threads: int) -> dict[str, float]:
     started = time.perf_counter()
-    seconds = {"veneer": veneer_worker, "trl": trl_worker}[side](steps, threads)
-    step = statistics.median(seconds[WARMUP:])
+    seconds, sampling = {"veneer": veneer_worker, "trl": trl_worker}[side](steps, threads)
+    step, sample = statistics.median(seconds[WARMUP:]), statistics.median(sampling[WARMUP:])
     return {
         "step_seconds": step,
         "tokens_per_second": PROMPTS * GROUP * TOKENS / step,
+        "sampled_tokens_per_second": PROMPTS * GROUP * TOKENS / sample,
+        "trained_tokens_per_second": PROMPTS * GROUP * TOKENS / (step - sample),
         "first_step_seconds": time.perf_counter() - started - sum(seconds[1:]),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -245,22 +264,30 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def markdown(result: dict) -> str:  # type: ignore[type-arg]
+def page(results: list[dict]) -> str:  # type: ignore[type-arg]
     """RESULTS.md as this command writes it."""
     lines = [
         "# Benchmarks",
         "",
         "Written by the commands named below; figures are medians, and only ratios carry over to other machines.",
         "",
-        "## `python benchmarks/rl_step.py --write`",
+        "## `make bench`: one RL step beside TRL + PEFT",
         "",
+    ]
+    return "\n".join(lines + [line for result in results for line in section(result)])
+
+
+def section(result: dict) -> list[str]:  # type: ignore[type-arg]
+    lines = [
         f"{result['work']}; {result['rounds']} interleaved rounds of {result['steps']} steps, {result['date']}.",
         "",
         "| | Veneer | TRL + PEFT |",
         "|---|---|---|",
     ]
     v, t = result["veneer"], result["trl"]
-    rows = (("seconds a step", "step_seconds", ".3f"), ("tokens sampled and trained a second", "tokens_per_second", ",.0f"))
+    rows = (("seconds a step", "step_seconds", ".3f"), ("completion tokens a second, the whole step", "tokens_per_second", ",.0f"))
+    rows += (("tokens sampled a second, sampling alone", "sampled_tokens_per_second", ",.0f"),)
+    rows += (("tokens trained a second, the rest of the step", "trained_tokens_per_second", ",.0f"),)
     rows += (("seconds to the end of the first step", "first_step_seconds", ".1f"), ("peak memory, MB", "peak_mb", ",.0f"))
     lines += [f"| {label} | {v[key]:{form}} | {t[key]:{form}} |" for label, key, form in rows]
     ratio, machine = result["step_ratio_veneer_to_trl"], result["machine"]
@@ -273,24 +300,24 @@ def markdown(result: dict) -> str:  # type: ignore[type-arg]
         f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {', '.join(machine['packages'])}.",
         "",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15, help=f"of which the first {WARMUP} are not counted")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of one matrix product; each is measured")
     parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
     parser.add_argument("--worker", choices=("veneer", "trl"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(args.worker, args.steps, args.threads)))
+        print(json.dumps(worker(args.worker, args.steps, args.threads[0])))
         return
-    result = measure(args.rounds, args.steps, args.threads)
-    print(json.dumps(result, indent=1))
+    results = [measure(args.rounds, args.steps, threads) for threads in args.threads]
+    print(json.dumps(results, indent=1))
     if args.write:
-        (ROOT / "benchmarks/RESULTS.md").write_text(markdown(result))
+        (ROOT / "benchmarks/RESULTS.md").write_text(page(results))
 
 
 if __name__ == "__main__":
