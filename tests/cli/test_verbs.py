@@ -113,7 +113,7 @@ def test_quickstart_json(veneer: Veneer, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     d = result.document
     assert (d["rank"], d["steps"], d["base_unchanged"], d["off_repeats_base"]) == (1, 2, True, True)
-    assert len(d["toggle"]) == 3
+    assert len(d["toggle"]) == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "runs"]
 
 
@@ -146,7 +146,9 @@ def test_sample_json(veneer: Veneer, trained: tuple[Path, Result]) -> None:
     off, again, on = veneer(home, *asked), veneer(home, *asked), veneer(home, *asked, "--adapter", "small")
     assert off.document == again.document
     assert off.document["adapter"] is None
-    assert on.document["adapter"] == {"name": "small", "version": 6, "digest": result.document["adapter_digest"]}
+    steps = json.loads((home / "runs/small/metrics.jsonl").read_text().splitlines()[-1])["adapter/version"]
+    assert steps > 0
+    assert on.document["adapter"] == {"name": "small", "version": steps, "digest": result.document["adapter_digest"]}
     assert on.document["base_digest"] == off.document["base_digest"] == result.document["base_digest_after"]
     for completion in on.document["completions"] + off.document["completions"]:
         assert len(completion["tokens"]) == len(completion["logprobs"]) <= 8

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from typing import Any
 
 import click
 
 from veneer.cli.output import emit, format_rate, json_option, progress
 
-SHOWN = 3
+SHOWN = 5
 """Problems that are answered with the adapter off and on at the end."""
 
 
@@ -92,5 +95,6 @@ def _show(d: dict[str, Any]) -> None:
             text = row[switch].replace("<|im_end|>", "").replace("<think>\n", "").replace("\n</think>\n\n", " -> ").replace("\n", "  ")
             out.print(f"  adapter {switch:<4} {'right' if row[switch + '_reward'] else 'wrong'}  {text.strip()}", markup=False)
     out.print(f"\nreport:  {d['run_folder']}/report.html")
-    out.print("try it:  veneer sample '27+94+38=?'")
-    out.print(f"         veneer sample '27+94+38=?' --adapter {d['adapter']}")
+    program = "veneer" if shutil.which("veneer") else os.path.relpath(sys.argv[0])  # as this shell finds it
+    out.print(f"try it:  {program} sample '27+94+38=?'")
+    out.print(f"         {program} sample '27+94+38=?' --adapter {d['adapter']}")
