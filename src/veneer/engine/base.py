@@ -42,7 +42,10 @@ class Base(nn.Module):
         eos = config.eos_token_id if eos is None else eos
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         self.digest = self.measure_digest()
-        self.model.to(dtype or model.dtype)  # type: ignore[arg-type]
+        for parameter in self.model.parameters() if dtype is not None else ():
+            parameter.data = parameter.data.to(
+                dtype
+            )  # not model.to(dtype): rotary frequencies and other buffers stay as precise as they are
         self.head_is_plain = self._measure_head()
 
     @property

@@ -1,4 +1,4 @@
-"""The parity checks on a GPU: a bfloat16 base under float32 adapters."""
+"""A bfloat16 base under float32 adapters, on a CPU everywhere and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from veneer.engine.lora import Segment
 from veneer.store.adapters import write_adapter
 from veneer.types import AdamParams, LoraConfig, SamplingParams
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: bfloat16 parity on a GPU is not checked here")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: parity on a GPU is not checked here")
+pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
 CONFIG = LoraConfig(rank=4, alpha=8)
 
 
-def cuda_model(architecture: str, dtype: torch.dtype):
+def model_on(device: str, architecture: str, dtype: torch.dtype):
     """Weights in ``dtype``; buffers, such as rotary frequencies, stay float32 as from_pretrained leaves them."""
-    model = random_model(architecture).to("cuda")
+    model = random_model(architecture).to(device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def cuda_engine(architecture: str, dtype: torch.dtype = torch.bfloat16) -> LocalEngine:
-    return LoraEngine(Base(architecture, cuda_model(architecture, dtype), None))
+def engine_on(device: str, architecture: str, dtype: torch.dtype = torch.bfloat16) -> LocalEngine:
+    return LoraEngine(Base(architecture, model_on(device, architecture, dtype), None))
 
 
 def all_logits(engine: LocalEngine, slot: int | None, ids: torch.Tensor) -> torch.Tensor:
@@ -36,41 +37,41 @@ def all_logits(engine: LocalEngine, slot: int | None, ids: torch.Tensor) -> torc
     return flat.view(*ids.shape, -1)
 
 
-def batch() -> torch.Tensor:
-    return torch.from_numpy(np.stack([prompt(21, seed) for seed in range(3)])).to("cuda")
+def batch(device: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack([prompt(21, seed) for seed in range(3)])).to(device)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fresh_adapter_is_the_base_bit_for_bit(architecture: str) -> None:
+def test_fresh_adapter_is_the_base_bit_for_bit(device: str, architecture: str) -> None:
     """In bfloat16 too an adapter of zeros adds exactly nothing."""
-    engine = cuda_engine(architecture)
+    engine = engine_on(device, architecture)
     engine.create_adapter("fresh", CONFIG)
-    ids = batch()
+    ids = batch(device)
     with torch.no_grad():
-        wanted = cuda_model(architecture, torch.bfloat16)(input_ids=ids).logits.float()
+        wanted = model_on(device, architecture, torch.bfloat16)(input_ids=ids).logits.float()
     assert torch.equal(all_logits(engine, slot_of(engine, "fresh"), ids), wanted)
     assert torch.equal(all_logits(engine, None, ids), wanted)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_on_a_gpu_equals_peft(architecture: str, tmp_path) -> None:
-    """Without bfloat16's rounding the GPU must agree with stock PEFT as closely as the CPU does."""
-    engine = cuda_engine(architecture, torch.float32)
+def test_float32_equals_peft(device: str, architecture: str, tmp_path) -> None:
+    """Without bfloat16's rounding a GPU must agree with stock PEFT nearly as closely as the CPU does."""
+    engine = engine_on(device, architecture, torch.float32)
     add_random_adapter(engine, "x", CONFIG, seed=2)
     write_adapter(tmp_path / "x", engine.save_state("x", "sampler").result(), {})
-    reference = PeftModel.from_pretrained(cuda_model(architecture, torch.float32), tmp_path / "x").eval()
-    ids = batch()
+    reference = PeftModel.from_pretrained(model_on(device, architecture, torch.float32), tmp_path / "x").eval()
+    ids = batch(device)
     with torch.no_grad():
         wanted = reference(input_ids=ids).logits
     assert (all_logits(engine, slot_of(engine, "x"), ids) - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bfloat16_gradients_point_where_float32s_do(architecture: str) -> None:
+def test_bfloat16_gradients_point_where_float32s_do(device: str, architecture: str) -> None:
     """Rounding of the base may blur the gradient (bfloat16 has 8 bits), not turn it."""
     flat = []
     for dtype in (torch.bfloat16, torch.float32):
-        engine = cuda_engine(architecture, dtype)
+        engine = engine_on(device, architecture, dtype)
         add_random_adapter(engine, "x", CONFIG, seed=3)
         engine.forward_backward("x", [datum(n, seed=n) for n in (24, 9, 17)], "cross_entropy").result()
         found = gradients(engine, "x")
@@ -80,9 +81,9 @@ def test_bfloat16_gradients_point_where_float32s_do(architecture: str) -> None:
     assert 0.9 < flat[0].norm() / flat[1].norm() < 1.1
 
 
-def test_a_life_on_the_gpu() -> None:
+def test_a_life_in_bfloat16(device: str) -> None:
     """Sample, train, publish, sample: logprobs agree within bfloat16, the base's digest stays, neighbours stay bitwise."""
-    engine = cuda_engine("qwen3")
+    engine = engine_on(device, "qwen3")
     digest = engine.base_digest
     for i, name in enumerate("xy"):
         add_random_adapter(engine, name, CONFIG, seed=i)
@@ -98,3 +99,19 @@ def test_a_life_on_the_gpu() -> None:
     assert engine.sample(prompt(9), "x", FREE).result()[0].adapter == published
     assert all(torch.equal(getattr(rows, field)[slot_of(engine, "y")].cpu(), tensor) for field, tensor in kept.items())
     assert engine.measure_base_digest() == digest
+
+
+def test_loading_in_bfloat16_is_what_transformers_loads(device: str) -> None:
+    """The bundled base in bfloat16 gives transformers' own bfloat16 logits, and keeps its identity: adapters made in float32 fit."""
+    from transformers import AutoModelForCausalLM
+
+    from veneer.assets import NANO_FOLDER
+    from veneer.engine import load_base
+
+    base = load_base("nano", device, torch.bfloat16)
+    wanted = AutoModelForCausalLM.from_pretrained(NANO_FOLDER, dtype=torch.bfloat16).to(device).eval()
+    ids = torch.arange(24, device=device)[None]
+    with torch.no_grad():
+        assert torch.equal(base(ids), wanted(input_ids=ids).logits[:, -1].float())
+    assert base.digest == load_base("nano", "cpu").digest
+    assert base.measure_digest() != base.digest
