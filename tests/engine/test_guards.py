@@ -35,7 +35,7 @@ SMALL = LoraConfig(rank=2, alpha=4)
 
 
 @contextmanager
-def refused(error: type[Exception], *words: str) -> Iterator[None]:
+def expect_refused(error: type[Exception], *words: str) -> Iterator[None]:
     """Exactly this error, on one line, naming what is wrong and where."""
     with pytest.raises(error) as caught:
         yield
@@ -70,10 +70,10 @@ def test_wrong_configs_are_refused_with_what_and_where(config: LoraConfig, words
     engine = lora_engine()
     engine.create_adapter("other", SMALL)
     before = row_bytes(engine, "other")
-    with refused(AdapterError, *words):
+    with expect_refused(AdapterError, *words):
         engine.create_adapter("x", config)
     assert row_bytes(engine, "other") == before
-    with refused(AdapterError, "'x'", "other"):
+    with expect_refused(AdapterError, "'x'", "other"):
         engine.sample(prompt(3), "x", FREE)
     engine.create_adapter("x", SMALL)
 
@@ -100,7 +100,7 @@ def test_creating_twice_is_refused() -> None:
     engine = lora_engine()
     add_random_adapter(engine, "x", SMALL, seed=1)
     before = row_bytes(engine, "x")
-    with refused(AdapterError, "'x'"):
+    with expect_refused(AdapterError, "'x'"):
         engine.create_adapter("x", LoraConfig(rank=4))
     assert row_bytes(engine, "x") == before
 
@@ -119,7 +119,7 @@ def test_unknown_adapters_are_named(verb: str) -> None:
         "save_state": lambda: engine.save_state("nobody").result(),
         "remove_adapter": lambda: engine.remove_adapter("nobody"),
     }
-    with refused(AdapterError, "'nobody'", "there"):
+    with expect_refused(AdapterError, "'nobody'", "there"):
         calls[verb]()
 
 
@@ -144,7 +144,7 @@ def moe_engine() -> LocalEngine:
 def test_experts_are_refused_and_attention_works() -> None:
     """Adapting a mixture of experts in part, silently, would be a different experiment than the one that was asked for."""
     engine = moe_engine()
-    with refused(AdapterError, "experts", "train_mlp"):
+    with expect_refused(AdapterError, "experts", "train_mlp"):
         engine.create_adapter("x", LoraConfig(rank=4))
     assert engine.create_adapter("x", LoraConfig(rank=4, train_mlp=False)) == 4 * 2 * (2 * 64 + 2 * 48)
     assert all("self_attn" in name for name in engine.save_state("x").result().weights)
@@ -160,9 +160,9 @@ def test_models_without_linear_maps_are_refused() -> None:
     config = hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     engine = LoraEngine(Base("gpt2", hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), None))
-    with refused(AdapterError, "train_attn", "GPT2LMHeadModel"):
+    with expect_refused(AdapterError, "train_attn", "GPT2LMHeadModel"):
         engine.create_adapter("x", LoraConfig(rank=2))
-    with refused(AdapterError, "'c_attn'"):
+    with expect_refused(AdapterError, "'c_attn'"):
         engine.create_adapter("x", LoraConfig(rank=2, target_modules=("c_attn",)))
     assert len(engine.sample(prompt(5), None, FREE).result()[0].tokens) == 8
 
@@ -170,10 +170,10 @@ def test_models_without_linear_maps_are_refused() -> None:
 def test_full_fine_tuning_is_no_adapter_of_a_lora_engine() -> None:
     """A config of None, or a checkpoint of a whole model, on the wrong kind of engine is a request error, not an assertion."""
     engine, whole = lora_engine(), full_engine()
-    with refused(AdapterError):
+    with expect_refused(AdapterError):
         engine.create_adapter("x", None)
     whole.create_adapter("x", None)
-    with refused(AdapterError):
+    with expect_refused(AdapterError):
         engine.load_state("x", whole.save_state("x").result()).result()
 
 
@@ -181,13 +181,13 @@ def test_lora_is_no_adapter_of_a_full_engine() -> None:
     """A thin checkpoint does not fit a whole model, and says so."""
     engine, thin = full_engine(), lora_engine()
     thin.create_adapter("x", SMALL)
-    with refused(AdapterError):
+    with expect_refused(AdapterError):
         engine.load_state("x", thin.save_state("x").result()).result()
 
 
 def test_a_full_engine_does_not_ignore_a_lora_config() -> None:
     """A LoraConfig that is silently ignored trains all weights where a thin adapter was asked for."""
-    with refused(AdapterError):
+    with expect_refused(AdapterError):
         full_engine().create_adapter("x", SMALL)
 
 
@@ -204,7 +204,7 @@ def test_targets_without_a_gradient_are_named() -> None:
     engine.create_adapter("x", SMALL)
     before = row_bytes(engine, "x", ("training", "published", "m", "v"))
     engine.forward_backward("x", [datum(40)], "cross_entropy").result()
-    with refused(AttestationError, "model.layers.1.self_attn.dead_end"):
+    with expect_refused(AttestationError, "model.layers.1.self_attn.dead_end"):
         engine.optim_step("x", STEP).result()
     assert row_bytes(engine, "x", ("training", "published", "m", "v")) == before
     engine.create_adapter("y", LoraConfig(rank=2, target_modules=("q_proj", "up_proj")))
@@ -261,7 +261,7 @@ def test_forged_evidence_is_refused(forged: dict) -> None:
         engine.create_adapter(name, SMALL)
     row = sampled(engine, "x")
     assert row.adapter is not None
-    with refused(AttestationError, "'x'"):
+    with expect_refused(AttestationError, "'x'"):
         engine.forward_backward("x", [row, dataclasses.replace(row, adapter=dataclasses.replace(row.adapter, **forged))], "ppo")
     assert engine.step() == 0
     assert not engine._stack.rows.grads.any()
@@ -272,7 +272,7 @@ def test_samples_of_another_adapter_are_refused() -> None:
     engine = lora_engine()
     for name in "xy":
         engine.create_adapter(name, SMALL)
-    with refused(AttestationError, "'x'", "'y'"):
+    with expect_refused(AttestationError, "'x'", "'y'"):
         engine.forward_backward("y", [sampled(engine, "x")], "ppo")
 
 
@@ -285,7 +285,7 @@ def test_samples_of_an_unpublished_version_are_refused() -> None:
     engine.optim_step("x", STEP).result()
     in_training = engine.save_state("x").result().adapter
     assert in_training.version == 1
-    with refused(AttestationError, "version 1"):
+    with expect_refused(AttestationError, "version 1"):
         engine.forward_backward("x", [dataclasses.replace(row, adapter=in_training)], "ppo")
     engine.publish("x").result()
     engine.forward_backward("x", [dataclasses.replace(row, adapter=in_training)], "ppo").result()
@@ -296,7 +296,7 @@ def test_samples_of_another_base_are_refused() -> None:
     engine, other = lora_engine(seed=0), lora_engine(seed=1)
     for e in (engine, other):
         e.create_adapter("x", SMALL)
-    with refused(AttestationError, other.base_digest[:12], engine.base_digest[:12]):
+    with expect_refused(AttestationError, other.base_digest[:12], engine.base_digest[:12]):
         engine.forward_backward("x", [sampled(other, "x")], "ppo")
 
 
@@ -307,7 +307,7 @@ def test_weights_of_a_stranger_with_the_same_name_are_refused() -> None:
     row = sampled(engine, "x")
     engine.remove_adapter("x")
     engine.create_adapter("x", dataclasses.replace(SMALL, seed=1))
-    with refused(AttestationError, "'x'"):
+    with expect_refused(AttestationError, "'x'"):
         engine.forward_backward("x", [row], "ppo")
 
 
@@ -321,7 +321,7 @@ def test_samples_from_before_a_roll_back_are_refused(wait: bool) -> None:
     load = engine.load_state("x", other)
     if wait:
         load.result()
-    with refused(AttestationError, "'x'"):
+    with expect_refused(AttestationError, "'x'"):
         engine.forward_backward("x", [row], "ppo").result()
     load.result()
     assert not engine._stack.rows.grads.any()
@@ -375,13 +375,13 @@ def test_damaged_checkpoints_change_nothing(damage: str, name: str) -> None:
     before = {adapter: (row_bytes(engine, adapter), engine.save_state(adapter).result().adapter) for adapter in ("x", "y")}
     free = len(engine._stack.rows.free)
     spoil, words = DAMAGES[damage]
-    with refused(AdapterError, *words):
+    with expect_refused(AdapterError, *words):
         engine.load_state(name, spoil(checkpoint)).result()
     for adapter, (content, described) in before.items():
         assert row_bytes(engine, adapter) == content
         assert engine.save_state(adapter).result().adapter == described
     assert len(engine._stack.rows.free) == free, "the slot that was tried is lost"
-    with refused(AdapterError, "'new'"):
+    with expect_refused(AdapterError, "'new'"):
         engine.sample(prompt(3), "new", FREE)
     engine.load_state(name, checkpoint).result()
     assert engine.publish(name).result().digest == checkpoint.adapter.digest
@@ -450,7 +450,7 @@ def test_loading_over_an_adapter_drops_its_waiting_gradient() -> None:
 
 def test_missing_folder_is_one_line(tmp_path) -> None:
     """A mistyped path."""
-    with refused(BaseError, "no such folder", "nowhere"):
+    with expect_refused(BaseError, "no such folder", "nowhere"):
         load_base(str(tmp_path / "nowhere"))
 
 
@@ -487,13 +487,13 @@ def test_broken_folders_are_one_line(how: str, tmp_path) -> None:
     """A download that broke off: one line that names the folder, not a page of traceback, and never a base with random weights."""
     assert (NANO_FOLDER / "model.safetensors").is_file(), "the bundled base has no weights: run recipes/pretrain_nano.py"
     folder = broken_base(tmp_path, how)
-    with refused(BaseError, folder):
+    with expect_refused(BaseError, folder):
         load_base(folder)
 
 
 def test_a_name_that_is_not_cached_is_one_line() -> None:
     """Offline, as in CI."""
-    with refused(BaseError, "nobody/no-such-model"):
+    with expect_refused(BaseError, "nobody/no-such-model"):
         load_base("nobody/no-such-model")
 
 
