@@ -39,15 +39,13 @@ def format_rate(rate: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def progress(total: int, quiet: bool) -> Generator[Callable[[Mapping[str, Any]], None], None, None]:
+def progress(total: int) -> Generator[Callable[[Mapping[str, Any]], None], None, None]:
     """A callback for lines of metrics.jsonl: a live bar on a terminal, else a line every tenth step, on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    if quiet:
-        yield lambda metrics: None
-    elif not console.is_terminal:
+    if not console.is_terminal:
         yield lambda metrics: print(_line(metrics), file=sys.stderr, flush=True) if metrics["step"] % 10 == 0 else None
     else:
         columns = (MofNCompleteColumn(), BarColumn(24), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))

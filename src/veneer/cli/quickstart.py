@@ -37,7 +37,7 @@ def command(seed: int, steps: int, as_json: bool) -> None:
     while (run_folder(config) / SUMMARY).exists():  # finished: a new one beside it
         number += 1
         config = config_named(f"quickstart-seed{seed}-{steps}-{number}")
-    with progress(steps, as_json) as on_step:
+    with progress(steps) as on_step:
         summary, machine, run = execute(config, on_step)
     summary |= _toggle(machine, config, run.metrics()[0], summary)
     document = {"rank": 1, **summary}

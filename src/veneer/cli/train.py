@@ -25,7 +25,7 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from veneer.cli.assemble import execute
 
     steps = config.rl.steps if config.kind == "rl" else config.sft.steps
-    with progress(steps, as_json) as on_step:
+    with progress(steps) as on_step:
         summary, _, _ = execute(config, on_step)
 
     def human() -> None:

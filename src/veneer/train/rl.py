@@ -54,6 +54,7 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
     adam = AdamParams(rl.learning_rate, beta1=0.9, beta2=0.95, grad_clip_norm=rl.grad_clip_norm)
     problems = derive_seed("problems", config.seed) >> 24  # where in the endless stream of training problems this seed begins
     first = await session.resume()
+    await engine.forward(session.adapter, [], rl.loss, rl.loss_config)  # a wrong setting is refused before anything is sampled
     published = await engine.publish(session.adapter)
     if first == 0:
         clock = time.perf_counter()
