@@ -79,16 +79,21 @@ def export(adapter: str, folder: Path, as_json: bool) -> None:
 @command.command("import")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Its name in the registry.")
-@click.option("--base", default="nano", show_default=True, help="The base that it was made for.")
+@click.option("--base", help="The base that it was made for; without it, nano, and only if the folder names no other.")
 @json_option
-def import_(folder: Path, name: str, base: str, as_json: bool) -> None:
+def import_(folder: Path, name: str, base: str | None, as_json: bool) -> None:
     """Import a PEFT LoRA FOLDER. What cannot be represented exactly is refused by name."""
+    from veneer.assets import NANO
     from veneer.cli.assemble import start
-    from veneer.store.adapters import MANIFEST, facts_of, read_manifest, read_peft
+    from veneer.store.adapters import MANIFEST, facts_of, read_manifest, read_peft, recorded_base
     from veneer.store.registry import Registry, check_name
+    from veneer.types import AdapterError
 
     check_name(name)
-    machine = start(base, threads=1)
+    recorded = recorded_base(folder)
+    if base is None and Path(recorded or NANO).name != NANO:
+        raise AdapterError(f"{folder} was made for base {recorded!r}; say which base it is to run on, such as --base {recorded}")
+    machine = start(base or NANO, threads=1)
     if (folder / MANIFEST).is_file():
         checkpoint, facts = machine.read(str(folder.resolve())), facts_of(read_manifest(folder))
     else:

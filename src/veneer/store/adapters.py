@@ -101,6 +101,15 @@ def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key not in own}
 
 
+def recorded_base(folder: Path) -> str | None:
+    """The base that a PEFT folder names, if it names one; a name, not an identity."""
+    try:
+        named = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) and named else None
+
+
 def read_peft(folder: Path, name: str, base_id: str, base_digest: str) -> Checkpoint:
     """A foreign PEFT LoRA folder as a sampler checkpoint for the given base. Shapes are checked when an engine loads it.
 
