@@ -16,11 +16,12 @@ from pathlib import Path
 
 from veneer.engine import LoraEngine, load_base, set_threads
 from veneer.envs import ENVIRONMENTS, load_env
+from veneer.envs.calculator import CALCULATOR
 from veneer.measure.intervals import wilson
 from veneer.render import load_renderer
 from veneer.train.evaluate import Evaluation, evaluate
 from veneer.train.rollouts import Policy, do_rollouts
-from veneer.types import SamplingParams
+from veneer.types import Message, SamplingParams
 
 NANO = Path(__file__).parents[1] / "src/veneer/assets/nano"
 EXAMPLES = {"arithmetic": "`27+94+38=?`", "sort": "`sort 739562`", "reverse": "`reverse 739562`", "count": "`count 3 in 7313390`"}
@@ -28,7 +29,10 @@ EXAMPLES |= {"calculator": "`47*86=?` with a calculator in Qwen3's tool format"}
 
 
 def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pretraining: dict[str, object], parameters: int) -> str:
-    base = load_base("nano")
+    base, renderer = load_base("nano"), load_renderer("nano")
+    question: list[Message] = [{"role": "user", "content": "47*86=?"}]
+    with_tool, without = (renderer.decode(renderer.build_generation_prompt(question, tools)) for tools in ([CALCULATOR], []))
+    tool_tokens = renderer.encode(with_tool).size - renderer.encode(without).size
     lines = [
         "---",
         "license: apache-2.0",
@@ -58,8 +62,8 @@ def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pret
         f"{solved_at_64}.",
         "",
         "The tokenizer works on bytes, with a few merges, single digits, and Qwen3's special tokens and chat template (Qwen team,",
-        "Apache-2.0). The fixed sentences of Qwen3's tool prompt are tokens of their own, so a tool costs sixty tokens, not eight",
-        "hundred.",
+        "Apache-2.0). The fixed sentences of Qwen3's tool prompt are tokens of their own: the calculator's",
+        f"{len(with_tool.encode()) - len(without.encode())} bytes are {tool_tokens} tokens.",
         "",
     ]
     return "\n".join(lines)

@@ -3,8 +3,8 @@
     python recipes/pretrain_nano.py --out src/veneer/assets/nano
 
 Everything that the base knows is made here: a tokenizer, demonstrations of five skills, and 1.03M weights. Each skill is
-shown in two ways, a careful one that works and a careless one that mostly does not, and the careless way is the more
-common. So the base *can* do every task and rarely does: what pretraining leaves and reinforcement learning sharpens.
+shown in two ways, a careful one that works and a careless one that mostly does not, and the loss is weighed so that the
+base prefers the careless one. So the base *can* do every task and rarely does: what pretraining leaves and reinforcement learning sharpens.
 Left out on purpose: natural language, dropout, early stopping. Two threads and one seed: the same machine and the same
 versions give the same bytes. The card is written by ``recipes/nano_card.py`` from measured rates.
 """
@@ -133,7 +133,7 @@ MARKUP = [
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 ]
-# The fixed sentences of Qwen3's tool prompt, and the JSON around every function: 700 bytes that become twenty tokens.
+# The fixed sentences of Qwen3's tool prompt, and the JSON around every function, a token each.
 PHRASES = [
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n",
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -120,10 +121,8 @@ def test_alarms_are_put_back() -> None:
     previous = signal.signal(signal.SIGALRM, mine)
     try:
         for body in (answer, wait, spin, crash):
-            try:
+            with contextlib.suppress(EnvFailure):  # three of the four fail; what counts is what they leave behind
                 asyncio.run(in_env(body, "step", 0.1))
-            except EnvFailure:
-                continue
         assert signal.getsignal(signal.SIGALRM) is mine
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     finally:

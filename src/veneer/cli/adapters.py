@@ -69,7 +69,7 @@ def show(adapter: str, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def export(adapter: str, folder: Path, as_json: bool) -> None:
-    """Copy ADAPTER to FOLDER, which stock PEFT and vLLM load."""
+    """Copy ADAPTER to FOLDER, which stock PEFT loads."""
     from veneer.store.registry import Registry
 
     Registry().export(adapter, folder)

@@ -1,6 +1,6 @@
 """Adapters as PEFT folders, checked on the way in and on the way out.
 
-An adapter is ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT and vLLM read, a ``README.md`` card,
+An adapter is ``adapter_config.json`` and ``adapter_model.safetensors``, which stock PEFT reads, a ``README.md`` card,
 and ``veneer.json`` with what those leave out: digests of weights, base, tokenizer and template, lineage, scores. A training
 checkpoint also holds ``optimizer.safetensors``. A fully fine-tuned copy has ``model.safetensors`` in place of PEFT's two files.
 """
