@@ -11,6 +11,8 @@ import transformers as hf
 
 from conftest import random_model
 from veneer.engine import Base, FullEngine, LocalEngine, LoraEngine
+from veneer.engine.attention import Ragged, Row
+from veneer.engine.flat import Flat, Segment
 from veneer.types import Adapter, Checkpoint, Datum, LoraConfig, SamplingParams, Tokens
 
 VOCAB = 97
@@ -79,6 +81,33 @@ def add_random_adapter(engine: LocalEngine, name: str, config: LoraConfig, seed:
     engine.create_adapter(name, config)
     checkpoint = engine.save_state(name, "sampler").result()
     engine.load_state(name, scrambled(checkpoint, seed)).result()
+
+
+def logits_of(engine: LocalEngine, slot: int | None, ids: torch.Tensor, *, published: bool = True) -> torch.Tensor:
+    """All logits [rows, columns, vocab] of ids [rows, columns] under the published or the training weights of a slot."""
+    device, (rows, columns) = engine.base.device, ids.shape
+    places = torch.arange(ids.numel(), device=device)
+    layout = Ragged([Row(i * columns, columns) for i in range(rows)], device, engine.base.slides)
+    count = [Segment(slot, ids.numel())]
+    flat = Flat(ids.reshape(-1).to(device), places % columns, layout, count, places, [ids.numel()])
+    return engine._stack.infer(flat, lambda hidden, head: head(hidden, 0), published=published).view(rows, columns, -1)
+
+
+def count_passes(engine: LocalEngine) -> list[int]:
+    """A list that grows by the length of the line with every pass through the base."""
+    calls: list[int] = []
+    stack = engine._stack
+    infer, train = stack.infer, stack.train
+
+    def counted(run):
+        def counting(flat, *args, **kwargs):
+            calls.append(len(flat.tokens))
+            return run(flat, *args, **kwargs)
+
+        return counting
+
+    stack.infer, stack.train = counted(infer), counted(train)
+    return calls
 
 
 def slot_of(engine: LocalEngine, name: str) -> int:

@@ -13,8 +13,29 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from conftest import ARCHITECTURES, random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import LoraEngine, load_base
-from veneer.engine.sampler import Chooser, Completion, SampleRequest, truncate, uniforms
+from veneer.engine.draws import Chooser, sequence_key, truncate
+from veneer.engine.draws import uniforms as device_uniforms
 from veneer.types import AdamParams, LoraConfig, RequestError, Sample, SamplingParams
+
+
+def uniforms(seed: int, sequence: int, count: int) -> np.ndarray:
+    """[count] draws of a sequence from its first position on."""
+    return device_uniforms(torch.full((count,), sequence_key(seed, sequence)), torch.arange(count)).numpy()
+
+
+def reference_uniforms(seed: int, sequence: int, count: int) -> np.ndarray:
+    """The same in numpy's unsigned arithmetic."""
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        golden = np.uint64(0x9E3779B97F4A7C15)
+        key = mix(mix(np.array([seed % 2**64], np.uint64)) + golden * np.uint64(sequence + 1))
+        bits = mix(key + golden * np.arange(1, count + 1, dtype=np.uint64))
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 def texts(samples: list[Sample]) -> list[tuple[int, ...]]:
@@ -68,6 +89,13 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 def chi_square_bound(freedom: int, z: float = 4.0) -> float:
     """Wilson and Hilferty's approximation of the quantile at z standard deviations (4: 1 in 30,000)."""
     return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**63, 2**64 - 3])
+def test_uniforms_are_splitmix64(seed: int) -> None:
+    """Drawn on the device in signed arithmetic, whose bits must be those of the published generator."""
+    for sequence in (0, 1, 999):
+        assert np.array_equal(uniforms(seed, sequence, 100), reference_uniforms(seed, sequence, 100))
 
 
 @pytest.mark.parametrize("axis", ["position", "sequence", "seed"])
@@ -162,10 +190,9 @@ def test_top_p_one_keeps_every_token_of_a_sure_distribution() -> None:
 
 def test_draws_invert_the_cumulative_distribution() -> None:
     """Probabilities 0.2, 0, 0.3, 0.5: the token is the first whose cumulative probability exceeds the draw; never one with none."""
-    rows = [Completion(SampleRequest(prompt(2), None, FREE, 1), 0, 1, np.zeros(1, np.float32), frozenset())] * 7
     logits = torch.tensor([0.2, 0.0, 0.3, 0.5]).log().expand(7, 4)
     draws = torch.tensor([0.0, 0.19, 0.21, 0.49, 0.51, 0.99, 1 - 2**-24])
-    tokens, logprobs = Chooser(rows, torch.device("cpu"))(logits, draws)
+    tokens, logprobs = Chooser([FREE] * 7, torch.device("cpu"))(logits, draws)
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3, 3]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.3, 0.3, 0.5, 0.5, 0.5]))
 

@@ -198,8 +198,8 @@ def test_a_sampler_that_ignores_the_adapter_is_caught(tmp_path: Path, monkeypatc
     """(b) The adapter is loaded, named and never applied: the commonest silent failure of LoRA servers."""
     session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
     stack = engine_of(session)._stack
-    leaves = stack._leaves
-    monkeypatch.setattr(stack, "_leaves", lambda slot, train: leaves(slot, train) if train else None)
+    parts = stack._parts
+    monkeypatch.setattr(stack, "_parts", lambda slot, published: {} if published else parts(slot, published))
     with pytest.raises(AttestationError, match="do not run the same weights"):
         run_session(session)
     assert [m["step"] for m in session.run.metrics()] == [0, 1]

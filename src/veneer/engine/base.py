@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from veneer.assets import resolve_base
+from veneer.engine.attention import IMPLEMENTATION, Ragged, Row
+from veneer.engine.flat import TILE, Flat
 from veneer.types import BaseError, in_one_line
 
 
@@ -25,19 +29,52 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     return sha.hexdigest()
 
 
+T = TypeVar("T")
+
+PROBE = 24
+"""Tokens of the pass that checks, on loading, that a model gives the logits that transformers gives."""
+PROBE_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference of a logit, in units of the largest logit."""
+
+
+class Head(Protocol):
+    """Hidden states to logits, with whatever adapts the unembedding."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def frozen_weight(self) -> Tensor | None:
+        """[vocab, d] where logits are hidden states times this, and no gradient reaches it."""
+        ...
+
+    def __call__(self, hidden: Tensor, start: int) -> Tensor:
+        """Float32 logits [n, vocab] of the wanted hidden states from number ``start`` on, [n, d]."""
+        ...
+
+
 class Base(nn.Module):
-    """A Hugging Face model that is frozen, with the two calls that the engine needs: next-token logits and chosen logits."""
+    """A Hugging Face model that is frozen, run over tokens in one line: final hidden states, and logits from those."""
 
     def __init__(
         self, base_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None = None
     ) -> None:
-        """The base's identity is the digest of its parameters as given; ``dtype`` is what it computes in."""
+        """The base's identity is the digest of its parameters as given; ``dtype`` is what it computes in.
+
+        Raises:
+            BaseError: the model's attention or unembedding is of a kind that the engine cannot run.
+        """
         super().__init__()
         self.base_id, self.tokenizer = base_id, tokenizer
         self.model = model.eval().requires_grad_(False)
+        self._any_parameter = next(model.parameters())  # transformers walks the whole model to tell its device
         config = model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.context_length: int = getattr(config, "max_position_embeddings", None) or 2**31
+        self.layers: int = config.num_hidden_layers
+        self.slides = getattr(config, "sliding_window", None) is not None
+        self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = config.eos_token_id if eos is None else eos
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
@@ -46,11 +83,11 @@ class Base(nn.Module):
             parameter.data = parameter.data.to(
                 dtype
             )  # not model.to(dtype): rotary frequencies and other buffers stay as precise as they are
-        self.head_is_plain = self._measure_head()
+        self._take_over_attention()
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self._any_parameter.device
 
     @property
     def head(self) -> nn.Module:
@@ -68,31 +105,76 @@ class Base(nn.Module):
     def measure_digest(self) -> str:
         return tensor_digest(self.model.named_parameters())
 
-    def forward(self, input_ids: Tensor, selected: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Float32 logits.
+    def forward(self, flat: Flat, finish: Callable[[Tensor, Head], T]) -> T:
+        """``finish`` of the wanted hidden states [n, d] and the head."""
+        return finish(self.hidden(flat), PlainHead(self))
 
-        Args:
-            input_ids: [rows, columns].
-            selected: bool [rows, columns]: the positions whose logits are wanted; None means the last one of each row.
+    def hidden(self, flat: Flat) -> Tensor:
+        """[n, d]: the final hidden states, normed, at the wanted places."""
+        line = {"input_ids": flat.tokens[None], "position_ids": flat.positions[None]}
+        return self.model.base_model(**line, use_cache=False, layout=flat.layout).last_hidden_state[0][flat.wanted]
 
-        Returns:
-            [n_selected, vocab] in row-major order, or [rows, vocab].
-        """
-        if selected is None:
-            logits = self.model(input_ids=input_ids, logits_to_keep=1, **kwargs).logits[:, -1]
-        elif self.head_is_plain:
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-            logits = self.head(hidden[selected])
-        else:
-            logits = self.model(input_ids=input_ids, use_cache=False, **kwargs).logits[selected]
-        return logits.float()
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocab]: the unembedding alone, of hidden states [n, d]."""
+        rows = len(hidden)
+        return self.head(hidden if rows >= TILE else F.pad(hidden, (0, 0, 0, TILE - rows)))[:rows]
+
+    def shaped(self, raw: Tensor) -> Tensor:
+        """Float32 logits, scaled and capped as the model's configuration says."""
+        logits = raw.float()
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
+
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """The unembedding [vocab, d] where logits are hidden states times this and nothing else."""
+        head = self.head
+        if not isinstance(head, nn.Linear) or head.bias is not None or self.logit_scale != 1 or self.logit_softcap is not None:
+            return None
+        return head.weight
 
     @torch.no_grad()
-    def _measure_head(self) -> bool:
-        """Whether logits are just head(hidden). Some models scale or cap them (Gemma 2, Granite, Cohere): those take the long way."""
-        probe = torch.tensor([[0, 1, 2]], device=self.device)
-        hidden = self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-        return torch.equal(self.head(hidden), self.model(input_ids=probe, use_cache=False).logits)
+    def _take_over_attention(self) -> None:
+        """Let the model ask our layouts what sees what, and check its logits against transformers' own run of it."""
+        kind, text = type(self.model).__name__, self.model.config.get_text_config()
+        odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if odd:
+            raise BaseError(f"{kind} has layers of the kind {sorted(odd)[0]!r}; only plain and sliding attention can be run")
+        length = min(PROBE, self.context_length)
+        ids = torch.arange(length, device=self.device) * 7 % self.vocab_size
+        wanted = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+        layout = Ragged([Row(0, length)], self.device, self.slides)
+        flat = Flat(ids, torch.arange(length, device=self.device), layout, [], torch.arange(length, device=self.device), [])
+        try:
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            found = self.forward(flat, lambda hidden, head: head(hidden, 0))
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise BaseError(f"{kind} cannot be run over tokens in one line ({in_one_line(error)})") from error
+        gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9))
+        if not gap <= PROBE_LIMITS[self.model.dtype]:
+            raise BaseError(f"{kind} gives other logits here than in transformers (by {gap:.1e} of the largest): it cannot be served")
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """The base's own unembedding."""
+
+    base: Base
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base.vocab_size
+
+    @property
+    def frozen_weight(self) -> Tensor | None:
+        weight = self.base.plain_weight
+        return None if weight is None or weight.requires_grad else weight
+
+    def __call__(self, hidden: Tensor, start: int) -> Tensor:
+        return self.base.shaped(self.base.raw_logits(hidden))
 
 
 def default_device() -> str:

@@ -13,11 +13,13 @@ import torch
 from veneer.digest import digest_adapter
 from veneer.engine.base import Base
 from veneer.engine.full import FullStack
-from veneer.engine.lora import LoraStack, Segment
+from veneer.engine.lora import LoraStack
 from veneer.engine.losses import resolve_loss
+from veneer.engine.memory import out_of_memory
+from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
-from veneer.engine.sampler import Completion, SampleRequest, sample_all
-from veneer.engine.trainer import PassRequest, run_passes
+from veneer.engine.sampler import Completion, Sampler, SampleRequest
+from veneer.engine.trainer import Trainer, to_output
 from veneer.types import (
     AdamParams,
     Adapter,
@@ -65,6 +67,9 @@ class LocalEngine:
         self.base, self._stack = base, stack
         self._slots: dict[str, _Slot] = {}
         self._queue: list[Request] = []
+        self._sampler = Sampler(base, stack)
+        self._sampling: dict[SampleRequest, Request] = {}
+        self._trainer = Trainer(base, stack)
 
     @property
     def base_id(self) -> str:
@@ -101,7 +106,11 @@ class LocalEngine:
     def remove_adapter(self, name: str) -> None:
         self._forget(name)
         gone, self._queue = [r for r in self._queue if r.adapter == name], [r for r in self._queue if r.adapter != name]
-        _fail(gone, AdapterError(f"adapter {name!r} was removed before this request ran"))
+        for sample, request in list(self._sampling.items()):
+            if request.adapter == name:
+                gone.append(request)
+                self._stop_sampling(sample)
+        _fail(gone, AdapterError(f"adapter {name!r} was removed before this request was answered"))
 
     def _forget(self, name: str) -> None:
         self._stack.remove(self._slot(name).slot)
@@ -124,7 +133,7 @@ class LocalEngine:
         self._check_prompt(prompt, params, n)
         self._check_known(adapter)
         request = SampleRequest(np.ascontiguousarray(prompt, np.int64), None, params, n, prompt_logprobs)
-        return self._enqueue(Request(adapter, EngineFuture(self.step), sample=request))
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
 
     def forward(
         self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
@@ -147,7 +156,7 @@ class LocalEngine:
                 array = getattr(datum, name)
                 if array.min() < 0 or array.max() >= self.base.vocab_size:
                     raise DataError(f"datum {i}: {name} must be from 0 to {self.base.vocab_size - 1}")
-        return self._enqueue(Request(adapter, EngineFuture(self.step), train=request))
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), train=request))
 
     def _check_known(self, adapter: str | None) -> None:
         """The adapter is here, or a load that will bring it is queued."""
@@ -185,9 +194,34 @@ class LocalEngine:
         numbers = (params.learning_rate, params.eps, params.weight_decay, params.grad_clip_norm)
         if not all(0 <= number < math.inf for number in numbers) or not (0 <= params.beta1 < 1 and 0 <= params.beta2 < 1):
             raise RequestError(f"{params}: every number must be finite and not negative, and both betas below 1")
-        return self._enqueue_barrier(adapter, lambda: self._optim_step(self._slot(adapter), params))
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params))
 
-    def _optim_step(self, slot: _Slot, params: AdamParams) -> dict[str, float]:
+    def _optim_steps(self, requests: list[Request]) -> None:
+        """One update over the rows of several adapters, each of which appears once."""
+        ready: list[tuple[Request, _Slot, AdamParams]] = []
+        for request in requests:
+            assert request.adapter is not None
+            assert request.optim is not None
+            try:
+                slot = self._slot(request.adapter)
+                self._check_gradient(slot)
+                ready.append((request, slot, request.optim))
+            except (AdapterError, RunError) as error:
+                request.future.set_error(error)
+        if not ready:
+            return
+        norms = self._stack.rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
+        for (request, slot, _), norm in zip(ready, norms, strict=True):
+            slot.pending_tokens = 0
+            if not math.isfinite(norm):
+                request.future.set_error(
+                    RunError("the gradient is not finite; the weights were left as they were. Lower the learning rate")
+                )
+                continue
+            slot.version += 1
+            request.future.set_result({"grad_norm": norm, "version": float(slot.version)})
+
+    def _check_gradient(self, slot: _Slot) -> None:
         if slot.pending_tokens == 0:
             raise RunError("optim_step without a gradient: no forward_backward since the last step")
         if self._stack.rows.steps[slot.slot] == 0 and slot.pending_tokens >= ENOUGH_TOKENS:
@@ -196,13 +230,9 @@ class LocalEngine:
                 raise AttestationError(
                     f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
                 )
-        slot.pending_tokens = 0
-        norm = self._stack.rows.adam(slot.slot, params)
-        slot.version += 1
-        return {"grad_norm": norm, "version": float(slot.version)}
 
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
-        return self._enqueue_barrier(adapter, lambda: self._publish(adapter))
+        return self._enqueue_barrier(adapter, lambda: self._publish(adapter), changes_samples=True)
 
     def _publish(self, name: str) -> Adapter:
         slot = self._slot(name)
@@ -227,7 +257,7 @@ class LocalEngine:
         return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, stacked).items()}
 
     def load_state(self, adapter: str, checkpoint: Checkpoint) -> EngineFuture[None]:
-        return self._enqueue_barrier(adapter, lambda: self._load_state(adapter, checkpoint))
+        return self._enqueue_barrier(adapter, lambda: self._load_state(adapter, checkpoint), changes_samples=True)
 
     def _load_state(self, name: str, checkpoint: Checkpoint) -> None:
         if checkpoint.adapter.base_digest != self.base_digest:
@@ -275,18 +305,43 @@ class LocalEngine:
         self._queue.append(request)
         return request.future
 
-    def _enqueue_barrier(self, adapter: str, run: Callable[[], Any]) -> EngineFuture[Any]:
-        return self._enqueue(Request(adapter, EngineFuture(self.step), barrier=run))
+    def _enqueue_barrier(self, adapter: str, run: Callable[[], Any], *, changes_samples: bool = False) -> EngineFuture[Any]:
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), barrier=run, changes_samples=changes_samples))
 
     def step(self) -> int:
-        now, self._queue = plan(self._queue)
-        for request in now:
-            if request.barrier is not None:
-                _answer(request.future, request.barrier)
-        passes = [r for r in now if r.barrier is None and self._bind(r)]
-        self._run_samples([r for r in passes if r.sample is not None])
+        """Run the barriers, optimizer steps and training passes that are due, and draw one token for every running completion."""
+        now, self._queue = plan(self._queue, {request.adapter for request in self._sampling.values()})
+        self._run_barriers([r for r in now if r.sample is None and r.train is None])
+        passes = [r for r in now if (r.sample is not None or r.train is not None) and self._bind(r)]
+        for request in passes:
+            if request.sample is not None:
+                self._sampling[request.sample] = request
+                self._sampler.add(request.sample)
         self._run_passes([r for r in passes if r.train is not None])
-        return len(now)
+        return sum(request.sample is None for request in now) + self._run_sampler()
+
+    def _run_barriers(self, requests: list[Request]) -> None:
+        """In order for each adapter; optimizer steps of different adapters in one go."""
+        steps: dict[str | None, Request] = {}
+        for request in requests:
+            if request.adapter in steps:
+                self._optim_steps(list(steps.values()))
+                steps.clear()
+            if request.optim is not None:
+                steps[request.adapter] = request
+            elif request.barrier is not None:
+                _answer(request.future, request.barrier)
+        self._optim_steps(list(steps.values()))
+
+    def _cancel(self, future: EngineFuture[Any]) -> None:
+        self._queue = [request for request in self._queue if request.future is not future]
+        for sample, request in list(self._sampling.items()):
+            if request.future is future:
+                self._stop_sampling(sample)
+
+    def _stop_sampling(self, sample: SampleRequest) -> None:
+        del self._sampling[sample]
+        self._sampler.cancel(sample)
 
     def _bind(self, request: Request) -> bool:
         """Look the adapter up now: a load that was queued ahead may have replaced it. False: it cannot run, and the future says why."""
@@ -302,50 +357,45 @@ class LocalEngine:
                 work.slot = slot
         return True
 
-    def _run_samples(self, requests: list[Request]) -> None:
-        if not requests:
-            return
-        try:
-            groups = sample_all(self.base, self._stack, [r.sample for r in requests if r.sample is not None])
-            for request, group in zip(requests, groups, strict=True):
-                scores = self._score_prompt(request.sample) if request.sample and request.sample.prompt_logprobs else None
-                published = None if request.adapter is None else self._slot(request.adapter).published
-                request.future.set_result([self._to_sample(row, published, scores) for row in group])
-        except Exception as error:
-            _fail(requests, error)
+    def _run_sampler(self) -> int:
+        """Returns the number of requests answered."""
+        if self._sampler.idle:
+            return 0
+        done = self._sampler.step()
+        for sample in done:
+            request = self._sampling.pop(sample)
+            published = None if request.adapter is None else self._slot(request.adapter).published
+            request.future.set_result([self._to_sample(row, published, sample.scores) for row in sample.rows])
+        failed, self._sampler.failed = self._sampler.failed, []
+        for sample, error in failed:
+            _fail([self._sampling.pop(sample)], error)
+        return len(done) + len(failed)
 
     def _to_sample(self, row: Completion, published: Adapter | None, prompt_logprobs: Floats | None) -> Sample:
         tokens, logprobs = np.array(row.tokens, np.int64), np.array(row.logprobs, np.float32)
         reason: Literal["stop", "length"] = "stop" if row.stop_reason == "stop" else "length"
         return Sample(tokens, logprobs, reason, self.base_id, published, prompt_logprobs)
 
-    @torch.no_grad()
-    def _score_prompt(self, request: SampleRequest) -> Floats:
-        """[len(prompt)] log-probabilities of the prompt's own tokens at temperature 1; NaN for the first."""
-        tokens = torch.from_numpy(request.prompt).to(self.base.device)[None]
-        everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        logits = self._stack.call([Segment(request.slot, 1)], train=False, selected=everywhere, input_ids=tokens)
-        scores = logits[:-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-        return np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
-
     def _run_passes(self, requests: list[Request]) -> None:
-        if not requests:
+        passes = [(r, r.train) for r in requests if r.train is not None]
+        if not passes:
             return
-        passes = [r.train for r in requests if r.train is not None]
-        try:
-            outputs = run_passes(self.base, self._stack, passes)
-        except Exception as error:
-            for request in requests:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
-                if request.adapter is not None and request.train is not None and request.train.backward:
-                    slot = self._slot(request.adapter)
+        answers = self._trainer.run([train for _, train in passes], self._add_gradient)
+        for (request, train), answer in zip(passes, answers, strict=True):
+            slot = self._slot(request.adapter) if request.adapter is not None and train.backward else None
+            if answer.error is not None:
+                if slot is not None:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
                     slot.pending_tokens = 0
                     self._stack.rows.grads[slot.slot].zero_()
-            _fail(requests, error)
-            return
-        for request, output in zip(requests, outputs, strict=True):
-            if request.adapter is not None and request.train is not None and request.train.backward:
-                self._slot(request.adapter).pending_tokens += output.metrics["tokens:sum"]
+                _fail([request], answer.error)
+                continue
+            output = to_output(answer)
+            if slot is not None:
+                slot.pending_tokens += output.metrics["tokens:sum"]
             request.future.set_result(output)
+
+    def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
+        self._stack.rows.grads[slot].add_(gradient)
 
 
 def _answer(future: EngineFuture[T], run: Callable[[], T]) -> None:
@@ -356,7 +406,7 @@ def _answer(future: EngineFuture[T], run: Callable[[], T]) -> None:
 
 
 def _fail(requests: list[Request], error: Exception) -> None:
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         error = RunError("out of memory; lower rl.groups_per_batch, rl.group_size or rl.max_tokens")
     for request in requests:
         if not request.future.done():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from veneer.engine.base import Base
-from veneer.engine.lora import Segment
+from veneer.engine.base import Base, Head
+from veneer.engine.flat import Flat
 from veneer.engine.rows import Rows
 from veneer.types import AdapterError, LoraConfig
+
+T = TypeVar("T")
 
 
 class FullStack:
@@ -28,7 +30,7 @@ class FullStack:
     def create(self, config: LoraConfig | None) -> int:
         if config is not None:
             raise AdapterError("this engine trains full copies of the weights and was asked for a low-rank adapter; give None")
-        slot = self.rows.claim()
+        slot = self.rows.claim(self.rows.size)
         for name, view in self.views(slot, self.rows.training).items():
             view.copy_(self.base.model.get_parameter(name))
         self.rows.publish(slot)
@@ -38,7 +40,10 @@ class FullStack:
         self.rows.release(slot)
 
     def views(self, slot: int, stacked: Tensor) -> dict[str, Tensor]:
-        parts = stacked[slot].split([s.numel() for s in self.shapes.values()])
+        return self._views(stacked[slot])
+
+    def _views(self, row: Tensor) -> dict[str, Tensor]:
+        parts = row.split([s.numel() for s in self.shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
     def named(self, slot: int, stacked: Tensor) -> dict[str, Tensor]:
@@ -51,17 +56,29 @@ class FullStack:
     def trainable_parameters(self, slot: int) -> int:
         return self.rows.size
 
-    def call(self, segments: Sequence[Segment], *, train: bool, selected: Tensor | None = None, **inputs: Any) -> Tensor:
-        """As ``LoraStack.call``; one segment at a time."""
-        (segment,) = segments
-        if segment.slot is None:
-            return self.base(selected=selected, **inputs)
+    @torch.no_grad()
+    def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
+        """As ``LoraStack.infer``; one segment at a time."""
+        (slot,) = {segment.slot for segment in flat.segments}
+        if slot is None:
+            return self.base(flat, finish)
+        return self._call(self.views(slot, self.rows.published if published else self.rows.training), flat, finish)
+
+    def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
+        """As ``LoraStack.train``; one segment at a time."""
+        (segment,) = flat.segments
+        assert segment.slot is not None
+        row = torch.zeros(self.rows.size, device=self.base.device)
+        grads = self._views(row)
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.views(segment.slot, self.rows.training).items()}
+        for name, leaf in leaves.items():
+            leaf.grad = grads[name]  # autograd adds in place: straight into the row
+        with torch.enable_grad():
+            loss = self._call(leaves, flat, finish)
+        loss.backward()
+        return [row]
+
+    def _call(self, leaves: dict[str, Tensor], flat: Flat, finish: Callable[[Tensor, Head], T]) -> T:
         dtype = self.base.model.dtype
-        leaves = self.views(segment.slot, self.rows.training if train else self.rows.published)
-        if train and torch.is_grad_enabled():
-            grads = self.views(segment.slot, self.rows.grads)
-            leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-            for name, leaf in leaves.items():
-                leaf.grad = grads[name]
         weights = {f"model.{name}": leaf.to(dtype) for name, leaf in leaves.items()}
-        return functional_call(self.base, weights, (), {"selected": selected, **inputs})
+        return functional_call(self.base, weights, (flat, finish))

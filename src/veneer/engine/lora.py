@@ -1,40 +1,33 @@
 """Low-rank adapters on the linear maps of a frozen model: W + (alpha / rank) B A, many of them side by side.
 
-For every adapted linear map the stack holds A [slots, rank, d_in] and the transpose of B [slots, rank, d_out], as views
-into the rows of ``Rows``; a lower rank uses the first lines of its block, the rest stays zero. The rows of a batch are
-sorted by slot, and a forward hook on each linear map adds the updates segment by segment. The model's own modules are
-left as they are: without a segment the hook returns nothing and the output is the base's.
+Every adapter is a row of ``Rows``; A [rank, d_in] and the transpose of B [rank, d_out] of each adapted map are views into
+it. The tokens of a pass are sorted by slot, and each linear map adds the updates segment by segment: through a forward
+hook on Hugging Face's module, or inside ``FusedModel``. The model's own modules are left as they are: without a segment
+the output is the base's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from veneer.engine.base import Base
+from veneer.engine.base import Base, Head, PlainHead
+from veneer.engine.flat import Flat
+from veneer.engine.fused import FusedModel
 from veneer.engine.rows import Rows
+from veneer.engine.update import Active, Adapted, Output, Part
 from veneer.types import AdapterError, LoraConfig
 
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive rows of a batch that run through one adapter; slot None is the base alone."""
-
-    slot: int | None
-    rows: int
-
-
-@dataclass
-class _Active:
-    """What the hooks apply: per segment its length along dim 0, and leaves A, B^T and the scale by module (None: base)."""
-
-    lengths: list[int]
-    leaves: list[dict[str, tuple[Tensor, Tensor, float]] | None]
+T = TypeVar("T")
 
 
 def linear_modules(base: Base) -> dict[str, nn.Linear]:
@@ -97,17 +90,28 @@ class LoraStack:
     mixes_slots = True
     """One forward pass can serve rows of different slots."""
 
-    def __init__(self, base: Base) -> None:
-        self.base, self.max_rank = base, 0
+    def __init__(self, base: Base, *, gradient_checkpointing: bool = False) -> None:
+        """``gradient_checkpointing`` keeps only each layer's input for the backward pass and computes the rest again."""
+        self.base, self.gradient_checkpointing = base, gradient_checkpointing
         self.linears = linear_modules(base)
         self.configs: dict[int, LoraConfig] = {}
-        self.targets: dict[int, list[str]] = {}
-        self.layout: dict[str, tuple[int, int]] = {}
+        self.layouts: dict[int, dict[str, tuple[int, int]]] = {}
+        """slot -> module -> where A and B^T begin in the slot's row."""
         self.rows = Rows(0, base.device)
-        self._active: _Active | None = None
-        self._head: _Active | None = None
-        for name, linear in self.linears.items():
-            linear.register_forward_hook(self._make_hook(name))
+        self.fused = FusedModel.of(base)
+        self.products = [] if self.fused is None else self.fused.products
+        joined = {name for names in self.products for name in names}
+        self.products += [[name] for name in self.linears if name not in joined]
+        self.head_name = next(name for name, linear in self.linears.items() if linear is base.head)
+        self._kept_parts: dict[tuple[int, bool], dict[str, Part]] = {}
+        self._lane = threading.local()
+        if self.fused is None:
+            for name, linear in self.linears.items():
+                if name != self.head_name:
+                    linear.register_forward_hook(self._make_hook(name))
+            base.model.get_input_embeddings().register_forward_hook(self._start_gradient)
+            if gradient_checkpointing:
+                _checkpoint_layers(base)
 
     # ------------------------------------------------ slots
 
@@ -115,11 +119,17 @@ class LoraStack:
         """A fresh adapter in a slot of its own: A uniform in +-1/sqrt(d_in), B zero. Returns the slot."""
         if config is None:
             raise AdapterError("this engine trains low-rank adapters and was asked for a full copy; give a LoraConfig")
-        targets = match_targets(self.base, config)
-        if config.rank > self.max_rank:
-            self._widen(config.rank)
-        slot = self.rows.claim()
-        self.configs[slot], self.targets[slot] = config, targets
+        layout: dict[str, tuple[int, int]] = {}
+        names = match_targets(self.base, config)
+        targets = [self.linears[name] for name in names]
+        at_a, at_b = 0, config.rank * sum(linear.in_features for linear in targets)
+        for name, linear in zip(names, targets, strict=True):  # all As, then all Bs: those of joined maps lie together
+            layout[name] = (at_a, at_b)
+            at_a, at_b = at_a + config.rank * linear.in_features, at_b + config.rank * linear.out_features
+        size = at_b
+        slot = self.rows.claim(size)
+        self._kept_parts.clear()  # the rows may have moved
+        self.configs[slot], self.layouts[slot] = config, layout
         generator = torch.Generator().manual_seed(config.seed % 2**63)
         for name, (a, _) in self.views(slot, self.rows.training).items():
             bound = 1 / math.sqrt(self.linears[name].in_features)
@@ -128,35 +138,17 @@ class LoraStack:
         return slot
 
     def remove(self, slot: int) -> None:
-        del self.configs[slot], self.targets[slot]
+        del self.configs[slot], self.layouts[slot]
         self.rows.release(slot)
-
-    def _widen(self, rank: int) -> None:
-        """Lay the rows out anew for a higher rank and move every adapter over."""
-        old_rows, old_layout = self.rows, self.layout
-        offset, self.layout = 0, {}
-        for name, linear in self.linears.items():
-            self.layout[name] = (offset, offset + rank * linear.in_features)
-            offset += rank * (linear.in_features + linear.out_features)
-        self.max_rank, self.rows = rank, Rows(offset, self.base.device)
-        while len(self.rows.steps) < len(old_rows.steps):
-            self.rows.claim()
-        self.rows.free, self.rows.steps = old_rows.free, old_rows.steps
-        for slot in self.configs:
-            for field in ("training", "published", "grads", "m", "v"):
-                old = self._views(slot, getattr(old_rows, field), old_layout)
-                for name, (a, bt) in self.views(slot, getattr(self.rows, field)).items():
-                    a.copy_(old[name][0])
-                    bt.copy_(old[name][1])
 
     def views(self, slot: int, stacked: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> (A [rank, d_in], B^T [rank, d_out]) inside one row of ``stacked`` [slots, size]."""
-        return self._views(slot, stacked, self.layout)
+        return self._views(slot, stacked[slot])
 
-    def _views(self, slot: int, stacked: Tensor, layout: dict[str, tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
-        rank, row, views = self.configs[slot].rank, stacked[slot], {}
-        for name in self.targets[slot]:
-            (at_a, at_b), linear = layout[name], self.linears[name]
+    def _views(self, slot: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        rank, views = self.configs[slot].rank, {}
+        for name, (at_a, at_b) in self.layouts[slot].items():
+            linear = self.linears[name]
             a = row[at_a : at_a + rank * linear.in_features].view(rank, linear.in_features)
             bt = row[at_b : at_b + rank * linear.out_features].view(rank, linear.out_features)
             views[name] = (a, bt)
@@ -176,58 +168,116 @@ class LoraStack:
         """Adapted linear maps whose B has a gradient of exactly zero: their hook was never called, or they lead nowhere."""
         return [name for name, (_, bt) in self.views(slot, self.rows.grads).items() if not bt.any()]
 
-    # ------------------------------------------------ forward
+    # ------------------------------------------------ passes
 
-    def call(self, segments: Sequence[Segment], *, train: bool, selected: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Run the base over a batch whose dim 0 is cut into segments. ``train`` uses the training rows and lets gradients flow
-        into ``rows.grads``; otherwise the published rows serve. ``selected`` as in ``Base.forward``."""
-        leaves = [None if s.slot is None else self._leaves(s.slot, train) for s in segments]
-        active = _Active([s.rows for s in segments], leaves) if any(leaves) else None
-        self._active, self._head = active, active
-        if active is not None and selected is not None and self.base.head_is_plain:  # the head sees chosen positions, not rows
-            counts = selected.sum(1).split(active.lengths)
-            self._head = _Active([int(c.sum()) for c in counts], leaves)
+    @torch.no_grad()
+    def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
+        """``finish`` of the wanted hidden states [n, d] and the head, with the published or the training rows, no gradient."""
+        active = Active(
+            [s.tokens for s in flat.segments], [None if s.slot is None else self._parts(s.slot, published) for s in flat.segments]
+        )
+        if self.fused is not None:
+            hidden = self.fused.hidden(flat, active)
+        else:
+            with self._running(active):
+                hidden = self.base.hidden(flat)
+        return finish(hidden, self._head(flat, active))
+
+    def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
+        """Back-propagate the loss that ``finish`` returns. Per segment its gradient, shaped as the slot's row."""
+        grads = [torch.zeros(self.rows.size, device=self.base.device) for _ in flat.segments]
+        parts = [
+            None if s.slot is None else self._parts_of(s.slot, self.rows.training[s.slot], g)
+            for s, g in zip(flat.segments, grads, strict=True)
+        ]
+        active = Active([s.tokens for s in flat.segments], parts)
+        head = self._head(flat, active)
+        if self.fused is not None:
+            self.fused.train(flat, active, lambda hidden: finish(hidden, head), self.gradient_checkpointing)
+            return grads
+        with self._running(active):
+            with torch.enable_grad():
+                loss = finish(self.base.hidden(flat), head)
+            loss.backward()
+        return grads
+
+    def _parts(self, slot: int, published: bool) -> dict[str, Part]:
+        """The views of a slot's row by product; kept, for a decoding step has no time to make them."""
+        if (slot, published) not in self._kept_parts:
+            self._kept_parts[slot, published] = self._parts_of(slot, (self.rows.published if published else self.rows.training)[slot])
+        return self._kept_parts[slot, published]
+
+    def _parts_of(self, slot: int, row: Tensor, grads: Tensor | None = None) -> dict[str, Part]:
+        config, views = self.configs[slot], self._views(slot, row)
+        wanted = None if grads is None else self._views(slot, grads)
+        parts: dict[str, Part] = {}
+        for names in self.products:
+            outputs: list[Output] = []
+            at, columns = 0, 0
+            for name in names:
+                width = self.linears[name].out_features
+                if name in views:
+                    grad_bt = None if wanted is None else wanted[name][1]
+                    here = slice(at, at + config.rank)
+                    outputs.append(Output(here, slice(columns, columns + width), views[name][1], grad_bt))
+                    at += config.rank
+                columns += width
+            if outputs:
+                first, d_in = next(name for name in names if name in views), self.linears[names[0]].in_features
+                begin = self.layouts[slot][first][0]
+                a = row[begin : begin + at * d_in].view(at, d_in)
+                grad_a = None if grads is None else grads[begin : begin + at * d_in].view(at, d_in)
+                parts[names[0]] = Part(a, outputs, config.alpha / config.rank, grad_a)
+        return parts
+
+    def _head(self, flat: Flat, active: Active) -> Head:
+        adapted = active.touches(self.head_name)
+        return AdaptedHead(self.base, replace(active, tokens=flat.wanted_counts), self.head_name) if adapted else PlainHead(self.base)
+
+    @contextmanager
+    def _running(self, active: Active) -> Iterator[None]:
+        """Let the hooks of this thread add ``active``."""
+        self._lane.active = active
         try:
-            return self.base(selected=selected, **inputs)
+            yield
         finally:
-            self._active = self._head = None
+            self._lane.active = None
 
-    def _leaves(self, slot: int, train: bool) -> dict[str, tuple[Tensor, Tensor, float]]:
-        config = self.configs[slot]
-        scale = config.alpha / config.rank
-        stacked = self.rows.training if train else self.rows.published
-        views = self.views(slot, stacked)
-        if not (train and torch.is_grad_enabled()):
-            return {name: (a, bt, scale) for name, (a, bt) in views.items()}
-        grads, leaves = self.views(slot, self.rows.grads), {}
-        for name, (a, bt) in views.items():
-            a_leaf, bt_leaf = a.detach().requires_grad_(), bt.detach().requires_grad_()
-            a_leaf.grad, bt_leaf.grad = grads[name]  # autograd adds in place: straight into the stack
-            leaves[name] = (a_leaf, bt_leaf, scale)
-        return leaves
-
-    def _make_hook(self, name: str):
-        is_head = self.linears[name] is self.base.head
-
+    def _make_hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            active = self._head if is_head else self._active
-            if active is None:
+            active = getattr(self._lane, "active", None)
+            if active is None or not active.touches(name):
                 return None
-            if len(active.lengths) == 1:
-                return _adapted(args[0], output, active.leaves[0], name)
-            xs, ys = args[0].split(active.lengths), output.split(active.lengths)
-            return torch.cat([_adapted(x, y, leaves, name) for x, y, leaves in zip(xs, ys, active.leaves, strict=True)])
+            return cast(Tensor, Adapted.apply(output, args[0], active, name))
 
         return hook
 
+    def _start_gradient(self, _module: nn.Module, _args: Any, embedded: Tensor) -> Tensor | None:
+        """Autograd follows what comes from a tensor that wants a gradient, and the frozen embeddings want none."""
+        return embedded.requires_grad_() if torch.is_grad_enabled() and getattr(self._lane, "active", None) is not None else None
 
-def _adapted(x: Tensor, y: Tensor, leaves: dict[str, tuple[Tensor, Tensor, float]] | None, name: str) -> Tensor:
-    """y + scale * x A^T B^T, computed in float32. x [..., d_in], y [..., d_out]."""
-    if leaves is None or name not in leaves:
-        return y
-    a, bt, scale = leaves[name]
-    flat = x.reshape(-1, x.shape[-1]).to(a.dtype)
-    low = flat @ a.T
-    if y.dtype == a.dtype:
-        return torch.addmm(y.reshape(-1, y.shape[-1]), low, bt, alpha=scale).view(y.shape)
-    return y + (low @ bt).mul(scale).to(y.dtype).view(y.shape)
+
+@dataclass(frozen=True)
+class AdaptedHead:
+    """An unembedding that some segment adapts."""
+
+    base: Base
+    active: Active
+    """Cut by wanted hidden states, not by tokens."""
+    name: str
+    frozen_weight: None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base.vocab_size
+
+    def __call__(self, hidden: Tensor, start: int) -> Tensor:
+        here = self.active.cut(start, start + len(hidden))
+        return self.base.shaped(cast(Tensor, Adapted.apply(self.base.raw_logits(hidden).clone(), hidden, here, self.name)))
+
+
+def _checkpoint_layers(base: Base) -> None:
+    """Have autograd keep only the inputs of the model's layers (https://arxiv.org/abs/1604.06174)."""
+    body: Any = base.model.base_model
+    for layer in body.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+from veneer.engine.packing import PassRequest
 from veneer.engine.sampler import SampleRequest
-from veneer.engine.trainer import PassRequest
+from veneer.types import AdamParams
 
 T = TypeVar("T")
 
@@ -19,8 +20,8 @@ class EngineFuture(Generic[T]):
     An ``await`` first lets every other coroutine that is ready queue its own work: ten loops that wait share one step.
     """
 
-    def __init__(self, step: Callable[[], int]) -> None:
-        self._step = step
+    def __init__(self, step: Callable[[], int], cancel: Callable[[EngineFuture[Any]], None]) -> None:
+        self._step, self._cancel = step, cancel
         self._value: T | None = None
         self._error: BaseException | None = None
         self._done = False
@@ -34,6 +35,14 @@ class EngineFuture(Generic[T]):
     def done(self) -> bool:
         return self._done
 
+    def cancel(self) -> bool:
+        """Give the request up and free its place in the batch. False: it is answered already. A cancelled task cancels what it awaits."""
+        if self._done:
+            return False
+        self.set_error(asyncio.CancelledError())
+        self._cancel(self)
+        return True
+
     def result(self) -> T:
         while not self._done:
             self._step()
@@ -43,7 +52,11 @@ class EngineFuture(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         while not self._done:
-            yield from asyncio.sleep(0).__await__()
+            try:
+                yield from asyncio.sleep(0).__await__()
+            except (asyncio.CancelledError, GeneratorExit):
+                self.cancel()
+                raise
             if not self._done:
                 self._step()
         return self.result()
@@ -51,31 +64,38 @@ class EngineFuture(Generic[T]):
 
 @dataclass
 class Request:
-    """A queued call: a sampling or training pass, which merges with others, or a barrier for its adapter alone."""
+    """A queued call: a sampling or training pass or an optimizer step, which merge with others, or a barrier for its adapter alone.
+    An optimizer step is a barrier for its adapter too."""
 
     adapter: str | None
     future: EngineFuture[Any]
     sample: SampleRequest | None = None
     train: PassRequest | None = None
+    optim: AdamParams | None = None
     barrier: Callable[[], Any] | None = None
+    changes_samples: bool = False
+    """A barrier that replaces what completions are drawn from."""
 
 
-def plan(queue: list[Request]) -> tuple[list[Request], list[Request]]:
+def plan(queue: list[Request], sampling: set[str | None]) -> tuple[list[Request], list[Request]]:
     """Split a queue into what can run in one step and what must wait.
 
-    Passes of all adapters run together; a barrier (optimizer step, publish, save, load) runs when no pass of its adapter
-    is ahead of it, and whatever the adapter queued behind a waiting barrier waits with it.
+    Passes of all adapters run together. A barrier (optimizer step, publish, save, load) runs when no training pass of its
+    adapter is ahead of it, and one that changes what is sampled when no completion of its adapter is ahead of it or running
+    (``sampling``). Whatever the adapter queued behind a waiting barrier waits with it.
     """
     now: list[Request] = []
     later: list[Request] = []
-    passing: set[str | None] = set()
-    waiting: set[str | None] = set()
+    sampled, trained, waiting = set(sampling), set[str | None](), set[str | None]()
     for request in queue:
-        if request.adapter in waiting or (request.barrier is not None and request.adapter in passing):
-            waiting.add(request.adapter)
+        name, is_pass = request.adapter, request.sample is not None or request.train is not None
+        if name in waiting or (not is_pass and (name in trained or (request.changes_samples and name in sampled))):
+            waiting.add(name)
             later.append(request)
             continue
-        if request.barrier is None:
-            passing.add(request.adapter)
+        if request.sample is not None:
+            sampled.add(name)
+        elif request.train is not None:
+            trained.add(name)
         now.append(request)
     return now, later

@@ -1,29 +1,44 @@
-"""Sampling: many requests, many adapters, one batch that decodes in lockstep.
+"""Sampling: many requests, many adapters, continuous batching.
 
-Each distinct (adapter, prompt) is prefilled once and its cache is shared out to its completions. Rows that finish are
-dropped from the batch. Randomness is counter-based: the draw at a position depends on (seed, sequence, position) alone.
+Every step is one pass over the newest token of each running row and the whole prompts of rows that start. Each distinct
+(adapter, prompt) that starts in a step is read once and shared by its completions; a row that ends makes room at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from veneer.engine.base import Base
-from veneer.engine.lora import Segment
+from veneer.engine.attention import Ragged, Row
+from veneer.engine.base import Base, Head
+from veneer.engine.cache import AHEAD, Bank, BankRows, Fill, StepLayout, capacity_for
+from veneer.engine.draws import Chooser, sequence_key, uniforms
+from veneer.engine.flat import TILE, Flat, Segment, filled, runs
+from veneer.engine.logprobs import target_logprobs
+from veneer.engine.memory import out_of_memory
 from veneer.types import Floats, SamplingParams, Tokens
 
-ROWS = 256
+T = TypeVar("T")
+
+ROWS = {"cpu": 256, "cuda": 1024}
 """Completions that decode together."""
-COMPACT = 0.75
-"""The batch is shrunk once fewer than this share of its rows are still running."""
+PROMPT_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Prompt tokens that join one step; a single longer prompt is still read whole."""
+IDLE = 8
+"""Ended rows stay in the batch until they are one in this many, or until others wait for their place."""
+
+DRAWS = 32
+"""Steps whose random numbers are made in one go."""
+CALM = 64
+"""After a failed pass the number of rows is halved; after this many that went well it is doubled."""
 
 
 class Weights(Protocol):
@@ -31,10 +46,12 @@ class Weights(Protocol):
 
     mixes_slots: bool
 
-    def call(self, segments: Sequence[Segment], *, train: bool, selected: Tensor | None = None, **inputs: Any) -> Tensor: ...
+    def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T: ...
+
+    def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleRequest:
     prompt: Tokens
     slot: int | None
@@ -42,243 +59,373 @@ class SampleRequest:
     params: SamplingParams
     n: int
     prompt_logprobs: bool = False
+    cancelled: bool = False
+    waiting: int = 0
+    """Completions that have not started."""
+    scores: Floats | None = None
+    """[len(prompt)] if asked for."""
+    rows: list[Completion] = field(default_factory=list["Completion"], repr=False)
+
+    @property
+    def done(self) -> bool:
+        return self.waiting == 0 and all(row.stop_reason is not None for row in self.rows)
 
 
-@dataclass
+@dataclass(eq=False)
 class Completion:
     """A row while it grows."""
 
     request: SampleRequest
-    index: int
     budget: int
-    uniforms: Floats
+    key: int
     stop_tokens: frozenset[int]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
     stop_reason: str | None = None
+    bank: Bank | None = None
+    place: int = 0
+    """Its slot in the bank."""
+
+    @property
+    def ended(self) -> bool:
+        return self.stop_reason is not None or self.request.cancelled
+
+    @property
+    def position(self) -> int:
+        """Of its newest token, which the next step reads."""
+        return len(self.request.prompt) + len(self.tokens) - 1
 
 
-def uniforms(seed: int, sequence: int, count: int) -> Floats:
-    """[count] numbers in [0, 1), a pure function of (seed, sequence, position): SplitMix64's finaliser over a counter
-    (Steele, Lea & Flood, https://doi.org/10.1145/2714064.2660195)."""
-    with np.errstate(over="ignore"):
-        x = _mix(np.array([seed & (2**64 - 1)], np.uint64))
-        x = _mix(x + np.uint64(0x9E3779B97F4A7C15) * np.uint64(sequence + 1))
-        x = _mix(x + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, count + 1, dtype=np.uint64))
-    return ((x >> np.uint64(40)).astype(np.float32)) * np.float32(2**-24)
+@dataclass
+class _Batch:
+    """The running rows, sorted by slot, and what the device knows of them."""
 
+    rows: list[Completion]
+    newest: Tensor
+    positions: Tensor
+    draws: Tensor
+    """[DRAWS, rows]: the uniform numbers of the coming steps."""
+    choose: Chooser
+    banks: list[BankRows]
+    segments: list[Segment]
+    places: Tensor
+    """0 to rows - 1: where the rows are in the line."""
+    steps_left: int
+    """Until some row outgrows its bank, or the numbers run out."""
+    step: int = 0
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    @classmethod
+    def of(cls, rows: list[Completion], device: torch.device) -> _Batch:
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
 
-
-# ---------------------------------------------------------------- the distribution
-
-
-def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """-inf outside the top k and the nucleus. logits [rows, vocab] after temperature; top_k and top_p [rows]; k 0 keeps all.
-    The nucleus is the smallest set whose probability reaches top_p, taken after top-k, as in transformers."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    k = torch.where(top_k > 0, top_k, logits.shape[1])[:, None]
-    ordered = ordered.masked_fill(rank >= k, -torch.inf)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    outside = (before >= top_p[:, None]) & (top_p < 1)[:, None] & (rank > 0)  # rounding may take a sum of everything to 1 early
-    ordered = ordered.masked_fill(outside, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
-
-
-class Chooser:
-    """Draws one token per row by inverting the cumulative distribution at a given uniform number."""
-
-    def __init__(self, rows: Sequence[Completion], device: torch.device) -> None:
-        params = [row.request.params for row in rows]
-        self.temperature = torch.tensor([p.temperature for p in params], device=device)
-        self.top_k = torch.tensor([p.top_k for p in params], device=device)
-        self.top_p = torch.tensor([p.top_p for p in params], device=device)
-        self.greedy = self.temperature == 0
-        self.any_greedy, self.tempered = bool(self.greedy.any()), bool((self.temperature != 1).any())
-        self.truncates = any(p.top_k > 0 or p.top_p < 1 for p in params)
-
-    def select(self, kept: Tensor) -> None:
-        for name in ("temperature", "top_k", "top_p", "greedy"):
-            setattr(self, name, getattr(self, name)[kept])
-
-    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [rows, vocab], uniform [rows] -> tokens [rows], logprobs [rows]. A greedy row reports temperature 1."""
-        if self.tempered:
-            logits = logits / torch.where(self.greedy, 1.0, self.temperature)[:, None]
-        if self.truncates:
-            kept = truncate(logits, self.top_k, self.top_p)
-            logits = torch.where(self.greedy[:, None], logits, kept)
-        logprobs = logits.log_softmax(-1)
-        cumulative = logprobs.exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # below it, however rounded
-        tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
-        if self.any_greedy:
-            tokens = torch.where(self.greedy[:, None], logits.argmax(-1, keepdim=True), tokens)
-        return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
-
-
-# ---------------------------------------------------------------- the cache
-
-
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer with room for the whole completion, so that a decoding step writes one column instead of copying all."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity, self.length = capacity, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        end = self.length + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, dim = key_states.shape
-            self._keys = key_states.new_empty(rows, heads, self.capacity, dim)
-            self._values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[3])
-        self._keys[:, :, self.length : end] = key_states
-        self._values[:, :, self.length : end] = value_states
-        self.length = end
-        return self._view()
-
-    def _view(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._keys, self._values = self._keys[indices], self._values[indices]
-        self._view()
-
-
-def make_cache(base: Base, capacity: int) -> tuple[DynamicCache, bool]:
-    """transformers' cache for this model, its plain layers preallocated, and whether one bool mask does for all layers."""
-    cache = DynamicCache(config=base.model.config)
-    plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
-    plain = plain and base.model.config._attn_implementation == "sdpa"  # eager attention adds its mask: a bool one would be wrong
-    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache, plain
-
-
-# ---------------------------------------------------------------- the loop
-
-
-@torch.no_grad()
-def sample_all(base: Base, weights: Weights, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-    """Completions of every request, in request order."""
-    completions = [[_start(base, request, i) for i in range(request.n)] for request in requests]
-    rows = [row for group in completions for row in group if row.budget > 0]
-    rows.sort(key=lambda row: (-1 if row.request.slot is None else row.request.slot, len(row.request.prompt)))
-    for batch in _cut(rows, weights.mixes_slots):
-        _decode(base, weights, batch)
-    return completions
-
-
-def _start(base: Base, request: SampleRequest, index: int) -> Completion:
-    budget = min(request.params.max_tokens, base.context_length - len(request.prompt))
-    stop = request.params.stop_token_ids
-    stop_tokens = frozenset(base.eos_token_ids if stop is None else stop)
-    row = Completion(request, index, budget, uniforms(request.params.seed, index, budget), stop_tokens)
-    row.stop_reason = "length" if budget == 0 else None
-    return row
-
-
-def _cut(rows: list[Completion], mixes_slots: bool) -> list[list[Completion]]:
-    batches: list[list[Completion]] = []
-    for row in rows:
-        full = not batches or len(batches[-1]) == ROWS
-        if full or (not mixes_slots and batches[-1][0].request.slot != row.request.slot):
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
-def _segments(rows: Sequence[Completion]) -> list[Segment]:
-    segments: list[Segment] = []
-    for row in rows:
-        slot = row.request.slot
-        if segments and segments[-1].slot == slot:
-            segments[-1] = Segment(slot, segments[-1].rows + 1)
-        else:
-            segments.append(Segment(slot, 1))
-    return segments
-
-
-def _decode(base: Base, weights: Weights, rows: list[Completion]) -> None:
-    """Prefill the distinct prompts, left-padded to one width, then draw a token a step for every row until all are done."""
-    device = base.device
-    leaders = list({(r.request.slot, r.request.prompt.tobytes()): r for r in rows}.values())
-    place = {(r.request.slot, r.request.prompt.tobytes()): i for i, r in enumerate(leaders)}
-    width = max(len(r.request.prompt) for r in rows)
-    capacity = width + max(r.budget for r in rows)
-    tokens = torch.zeros(len(leaders), width, dtype=torch.long)
-    mask = torch.zeros(len(leaders), capacity, dtype=torch.long)
-    for i, row in enumerate(leaders):
-        tokens[i, width - len(row.request.prompt) :] = torch.from_numpy(row.request.prompt)
-        mask[i, width - len(row.request.prompt) :] = 1
-    tokens, mask = tokens.to(device), mask.to(device)
-    padded = bool((mask == 0).any())
-    cache, plain = make_cache(base, capacity)
-    positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
-    prefill_mask = mask[:, :width] if padded else None
-    logits = weights.call(
-        _segments(leaders), train=False, input_ids=tokens, attention_mask=prefill_mask, position_ids=positions, past_key_values=cache
-    )
-    shared = torch.tensor([place[(r.request.slot, r.request.prompt.tobytes())] for r in rows], device=device)
-    cache.batch_select_indices(shared)
-    logits, mask, position = logits[shared], mask[shared], positions[shared, -1:]
-    choose = Chooser(rows, device)
-    draws = torch.stack([torch.from_numpy(np.resize(r.uniforms, capacity - width)) for r in rows], dim=1).to(device)
-    for step in range(capacity - width):
-        chosen, logprobs = choose(logits, draws[step])
-        _append(base, rows, chosen.tolist(), logprobs.tolist())
-        running = [i for i, row in enumerate(rows) if row.stop_reason is None]
-        if not running:
-            return
-        if len(running) <= COMPACT * len(rows):
-            kept = torch.tensor(running, device=device)
-            rows = [rows[i] for i in running]
-            cache.batch_select_indices(kept)
-            choose.select(kept)
-            chosen, mask, position, draws = chosen[kept], mask[kept], position[kept], draws[:, kept]
-        position = position + 1
-        attention: Tensor | None = mask[:, : width + step + 1] if padded else None
-        if attention is not None and plain:  # as sdpa takes it: no need for transformers to build it anew each step
-            attention = attention[:, None, None, :].bool()
-        logits = weights.call(
-            _segments(rows),
-            train=False,
-            input_ids=chosen[:, None],
-            attention_mask=attention,
-            position_ids=position,
-            past_key_values=cache,
+        homes: dict[int, tuple[Bank, list[int]]] = {}
+        for i, row in enumerate(rows):
+            assert row.bank is not None
+            homes.setdefault(id(row.bank), (row.bank, []))[1].append(i)
+        banks = []
+        for bank, members in homes.values():
+            places = [rows[i].place for i in members]
+            in_order = len(homes) == 1 and places == list(range(len(rows)))
+            longest = max(rows[i].position for i in members)
+            banks.append(BankRows(bank, None if in_order else column(members), column(places), bank.top, longest))
+        counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])
+        return cls(
+            rows,
+            column([row.tokens[-1] for row in rows]),
+            column([row.position for row in rows]),
+            uniforms(column([row.key for row in rows]).expand(DRAWS, -1), counts),
+            Chooser([row.request.params for row in rows], device),
+            banks,
+            runs([(row.request.slot, 1) for row in rows]),
+            torch.arange(len(rows), device=device),
+            min(DRAWS, min((row.bank.capacity - row.position for row in rows if row.bank), default=0)),
         )
 
+    def advance(self, tokens: Tensor) -> None:
+        self.newest = tokens
+        self.positions = self.positions + 1
+        self.steps_left -= 1
+        self.step += 1
 
-def _append(base: Base, rows: list[Completion], tokens: list[int], logprobs: list[float]) -> None:
-    for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-        if row.stop_reason is not None:
-            continue
+
+class Sampler:
+    """Requests in, completions out, a token per row and step."""
+
+    def __init__(self, base: Base, weights: Weights) -> None:
+        self.base, self.weights = base, weights
+        self.waiting: deque[SampleRequest] = deque()
+        self.most_rows = self.limit = ROWS[base.device.type]
+        self.banks: dict[int, Bank] = {}
+        self.batch = _Batch.of([], base.device)
+        self.failed: list[tuple[SampleRequest, Exception]] = []
+        """Requests that cannot be answered, for the engine to take away."""
+        self._calm = 0
+        self._stale = False
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.batch.rows
+
+    def slots_in_use(self) -> set[int | None]:
+        return {r.slot for r in self.waiting} | {row.request.slot for row in self.batch.rows}
+
+    def add(self, request: SampleRequest) -> None:
+        request.waiting = request.n
+        self.waiting.append(request)
+
+    def cancel(self, request: SampleRequest) -> None:
+        """Free its places before the next pass."""
+        request.cancelled = self._stale = True
+
+    # ------------------------------------------------ a step
+
+    def step(self) -> list[SampleRequest]:
+        """Draw one token for every running row, after letting in what fits; returns the requests that are done."""
+        started = self._rearrange()
+        rows, n = self.batch.rows, len(self.batch.rows)
+        if not n and not started:
+            return []
+        try:
+            tokens, logprobs = self._pass(started)
+        except Exception as error:
+            return self._retreat(started, error)
+        self._calm += 1
+        if self._calm % CALM == 0:
+            self.limit = min(self.most_rows, 2 * self.limit)
+        fresh = [row for _, group in started for row in group]
+        ending: dict[SampleRequest, None] = {row.request: None for row in fresh if not row.budget}
+        for row, token, logprob in zip(rows + fresh, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not row.ended:
+                self._append(row, token, logprob)
+                if row.stop_reason is not None:
+                    ending[row.request] = None
+        if started:
+            for row in fresh:
+                if not row.budget:
+                    self._leave(row)
+            self.batch = self._sorted(rows + [row for row in fresh if row.budget])
+        else:
+            self.batch.advance(tokens)
+        return [request for request in ending if request.done and not request.cancelled]
+
+    def _rearrange(self) -> list[tuple[Completion, list[Completion]]]:
+        """Drop ended rows, move rows that outgrow their bank, let others in. Returns per prompt its first row and all."""
+        rows = self.batch.rows
+        ended = sum(row.ended for row in rows)
+        crowded = ended and (self._stale or self.waiting or ended * IDLE >= len(rows))
+        self._stale = False
+        if crowded or (rows and self.batch.steps_left <= 0):
+            for row in rows:
+                if row.ended:
+                    self._leave(row)
+            rows = [row for row in rows if not row.ended]
+            self._compact(rows)
+            self.batch = self._sorted(rows)
+        return self._admit() if self.waiting else []
+
+    def _sorted(self, rows: list[Completion]) -> _Batch:
+        outgrown = [row for row in rows if row.bank is not None and row.position >= row.bank.capacity]
+        self._move(outgrown)
+        order = sorted(rows, key=lambda row: (-1 if row.request.slot is None else row.request.slot, id(row.bank), row.place))
+        return _Batch.of(order, self.base.device)
+
+    def _admit(self) -> list[tuple[Completion, list[Completion]]]:
+        """Start rows while there is room. A request whose rows do not all fit waits, unless it never would."""
+        device = self.base.device.type
+        starting: dict[tuple[int | None, bytes], list[Completion]] = {}
+        room, prompt_tokens = self.limit - len(self.batch.rows), PROMPT_TOKENS[device]
+        running = {row.request.slot for row in self.batch.rows}
+        while self.waiting:
+            request = self.waiting[0]
+            if request.cancelled:
+                self.waiting.popleft()
+                continue
+            key = (request.slot, request.prompt.tobytes())
+            cost = 0 if key in starting else len(request.prompt)
+            count = min(request.waiting, self.limit)
+            nothing_else = not starting and not self.batch.rows
+            if not nothing_else and (count > room or cost > prompt_tokens or not (self.weights.mixes_slots or running == {request.slot})):
+                break
+            group = self._start(request, request.n - request.waiting, count)
+            starting.setdefault(key, []).extend(group)
+            running.add(request.slot)
+            room, prompt_tokens = room - count, prompt_tokens - cost
+            request.waiting -= count
+            request.rows += group
+            if request.waiting == 0:
+                self.waiting.popleft()
+        order = sorted(starting, key=lambda key: -1 if key[0] is None else key[0])
+        return [(starting[key][0], starting[key]) for key in order]
+
+    def _start(self, request: SampleRequest, first: int, count: int) -> list[Completion]:
+        """Completions number ``first`` and on, with places in the cache."""
+        params, length = request.params, len(request.prompt)
+        budget = min(params.max_tokens, self.base.context_length - length)
+        stop_tokens = frozenset(self.base.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids)
+        rows = [Completion(request, budget, sequence_key(params.seed, first + i), stop_tokens) for i in range(count)]
+        if budget == 0:
+            for row in rows:
+                row.stop_reason = "length"
+        self._settle(rows, capacity_for(length + min(max(budget, 1), AHEAD)))
+        return rows
+
+    def _pass(self, started: list[tuple[Completion, list[Completion]]]) -> tuple[Tensor, Tensor]:
+        """Run the model. Tokens and log-probabilities [rows] of the running rows, then of the starting ones."""
+        batch, n = self.batch, len(self.batch.rows)
+        for bank in batch.banks:
+            bank.begin(batch.positions, batch.step)
+        if started:
+            return self._pass_with_prompts(started)
+        tokens, positions = batch.newest, batch.positions
+        if n < TILE:
+            tokens, positions = F.pad(tokens, (0, TILE - n)), F.pad(positions, (0, TILE - n))
+        layout = StepLayout(n, batch.banks, None, ())
+        flat = Flat(tokens, positions, layout, batch.segments, batch.places, [s.tokens for s in batch.segments])
+        return self.weights.infer(flat, lambda hidden, head: batch.choose(head(hidden, 0), batch.draws[batch.step]), published=True)
+
+    def _pass_with_prompts(self, started: list[tuple[Completion, list[Completion]]]) -> tuple[Tensor, Tensor]:
+        device, batch, n = self.base.device, self.batch, len(self.batch.rows)
+        prompts = [group[0].request.prompt for _, group in started]
+        lines, at = [], 0
+        for prompt in prompts:
+            lines.append(Row(at, len(prompt)))
+            at += len(prompt)
+        scored = [any(row.request.prompt_logprobs for row in group) for _, group in started]
+        wanted = list(range(n))
+        for line, all_of_it in zip(lines, scored, strict=True):
+            stop = n + line.start + line.length
+            wanted += range(n + line.start if all_of_it else stop - 1, stop)
+        slots = [group[0].request.slot for _, group in started]
+        counts = [line.length if all_of_it else 1 for line, all_of_it in zip(lines, scored, strict=True)]
+        decoding = [(s.slot, s.tokens) for s in batch.segments]
+        fills = [fill for (_, group), line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
+        flat = Flat(
+            torch.cat([batch.newest, filled(np.concatenate(prompts).tolist(), device, n)]),
+            torch.cat([batch.positions, filled([i for line in lines for i in range(line.length)], device, n)]),
+            StepLayout(n, batch.banks, Ragged(lines, device, self.base.slides), fills),
+            runs(decoding + [(slot, line.length) for slot, line in zip(slots, lines, strict=True)]),
+            torch.tensor(wanted, device=device),
+            [s.tokens for s in runs(decoding + list(zip(slots, counts, strict=True)))],
+        )
+        return self.weights.infer(flat, lambda hidden, head: self._start_drawing(hidden, head, started, scored), published=True)
+
+    def _fills(self, group: list[Completion], line: Row) -> list[Fill]:
+        """Where a prompt's keys and values go."""
+        homes: dict[int, tuple[Bank, list[int]]] = {}
+        for row in group:
+            assert row.bank is not None
+            homes.setdefault(id(row.bank), (row.bank, []))[1].append(row.place)
+        fills = [Fill(line.start, line.length, bank, torch.tensor(places, device=self.base.device)) for bank, places in homes.values()]
+        for fill in fills:
+            fill.bank.open(fill.slots, fill.length)
+        return fills
+
+    def _start_drawing(
+        self, hidden: Tensor, head: Head, started: list[tuple[Completion, list[Completion]]], scored: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Score the prompts that are to be scored, and choose the next tokens of running and starting rows."""
+        device, batch, n = self.base.device, self.batch, len(self.batch.rows)
+        last, at = list(range(n)), n
+        for (_, group), all_of_it in zip(started, scored, strict=True):
+            prompt = group[0].request.prompt
+            if all_of_it:
+                targets = torch.from_numpy(prompt[1:]).to(device)
+                scores = target_logprobs(hidden[at : at + len(targets)], targets, head, at) if len(targets) else hidden.new_empty(0)
+                for row in group:
+                    row.request.scores = np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
+                at += len(targets)
+            last.append(at)
+            at += 1
+        logits = torch.cat([head(hidden[i : i + 1], i) for i in last]) if any(scored) else head(hidden, 0)
+        source = list(range(n)) + [n + i for i, (_, group) in enumerate(started) for _ in group]
+        fresh = [row for _, group in started for row in group]
+        first = uniforms(torch.tensor([row.key for row in fresh], device=device), torch.zeros(len(fresh), dtype=torch.long, device=device))
+        choose = Chooser([row.request.params for row in batch.rows + fresh], device)
+        draws = torch.cat([batch.draws[batch.step], first]) if n else first
+        return choose(logits[torch.tensor(source, device=device)], draws)
+
+    def _append(self, row: Completion, token: int, logprob: float) -> None:
         row.tokens.append(token)
         row.logprobs.append(logprob)
-        if token in row.stop_tokens or _ends_with_stop(base, row):
+        if token in row.stop_tokens or (row.request.params.stop and self._ends_with_stop(row)):
             row.stop_reason = "stop"
         elif len(row.tokens) >= row.budget:
             row.stop_reason = "length"
 
+    def _ends_with_stop(self, row: Completion) -> bool:
+        """Whether the newest token completed a stop text. A token is at least one byte, so a tail of that many tokens is enough."""
+        longest = max(len(text.encode()) for text in row.request.params.stop)
+        tail = self.base.decode(row.tokens[-longest:])
+        before = self.base.decode(row.tokens[-longest:-1])
+        return any(text in tail and text not in before for text in row.request.params.stop)
 
-def _ends_with_stop(base: Base, row: Completion) -> bool:
-    """Whether the newest token completed a stop text. A token is at least one byte, so a tail of that many tokens is enough."""
-    if not row.request.params.stop:
-        return False
-    longest = max(len(text.encode()) for text in row.request.params.stop)
-    tail = base.decode(row.tokens[-longest:])
-    before = base.decode(row.tokens[-longest:-1])
-    return any(text in tail and text not in before for text in row.request.params.stop)
+    # ------------------------------------------------ places in the cache
+
+    def _settle(self, rows: Sequence[Completion], capacity: int) -> None:
+        bank = self.banks.setdefault(capacity, Bank(capacity, self.base.device))
+        for row, place in zip(rows, bank.claim(len(rows)), strict=True):
+            row.bank, row.place = bank, place
+
+    def _leave(self, row: Completion) -> None:
+        if row.bank is not None:
+            row.bank.release([row.place])
+            row.bank = None
+
+    def _move(self, rows: Sequence[Completion]) -> None:
+        """Rows that are full go to the next larger bank."""
+        device = self.base.device
+        for bank in {id(row.bank): row.bank for row in rows}.values():
+            assert bank is not None
+            members = [row for row in rows if row.bank is bank]
+            old = [row.place for row in members]
+            self._settle(members, capacity_for(bank.capacity + 1))
+            target = members[0].bank
+            assert target is not None
+            bank.move(torch.tensor(old, device=device), target, torch.tensor([row.place for row in members], device=device))
+            bank.release(old)
+
+    def _compact(self, rows: Sequence[Completion]) -> None:
+        """Fill holes with the highest rows once a bank is less than three quarters full: attention reads all below the top."""
+        for bank in {id(row.bank): row.bank for row in rows}.values():
+            assert bank is not None
+            if bank.top * 3 <= bank.used * 4:
+                continue
+            high = [row for row in rows if row.bank is bank and row.place >= bank.used]
+            if not high:
+                continue
+            old = [row.place for row in high]
+            new = bank.claim(len(high))
+            at = torch.tensor(old, device=self.base.device)
+            bank.move(at, bank, torch.tensor(new, device=self.base.device))
+            bank.release(old)
+            for row, place in zip(high, new, strict=True):
+                row.place = place
+
+    # ------------------------------------------------ trouble
+
+    def _retreat(self, started: list[tuple[Completion, list[Completion]]], error: Exception) -> list[SampleRequest]:
+        """A pass failed: start its rows anew, half as many at a time; draws do not depend on the company, so nothing is lost but
+        time. The request that fails alone is the one at fault."""
+        rows = self.batch.rows + [row for _, group in started for row in group]
+        requests = list({id(row.request): row.request for row in rows}.values())
+        for row in rows:
+            self._leave(row)
+        self.batch = _Batch.of([], self.base.device)
+        self.banks.clear()
+        if len(rows) == 1:
+            requests[0].cancelled = True
+            self.failed.append((requests[0], error))
+            return []
+        self._calm, self.limit = 0, max(1, min(self.limit, len(rows)) // 2)
+        if out_of_memory(error):
+            warnings.warn(
+                f"out of memory while sampling {len(rows)} rows at once; going on with {self.limit}", RuntimeWarning, stacklevel=2
+            )
+        for request in reversed(requests):
+            if request in self.waiting:
+                self.waiting.remove(request)
+            request.waiting = request.n
+            request.rows = []
+            self.waiting.appendleft(request)
+        return []

@@ -1,140 +1,173 @@
-"""Forward and backward over the datums of many adapters at once."""
+"""Forward and backward over the datums of many adapters.
+
+Each unit of a pass has its attention, its loss and its gradient to itself, and gradients are added up in the order of the
+units. So a request's numbers do not depend on what else is trained, or on how many passes run side by side.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.engine.base import Base
-from veneer.engine.lora import Segment
+from veneer.engine.base import Base, Head
+from veneer.engine.logprobs import target_logprobs
 from veneer.engine.losses import LossInputs, drift, resolve_loss
+from veneer.engine.memory import free_memory, out_of_memory
+from veneer.engine.packing import PassRequest, Unit, cut, join, owners, pack, trained
 from veneer.engine.sampler import Weights
-from veneer.types import Datum, Floats, ForwardBackwardOutput
+from veneer.types import Floats, ForwardBackwardOutput
 
-TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
-"""Padded tokens of one forward pass; more are cut into micro-batches, which changes sums by rounding only. On a CPU the
-activations of a pass should stay in the cache: 1024 was more than twice as fast as 8192 on the bundled base."""
-
-
-LOGITS_PER_PASS = 2**28
-"""Float32 logits of one forward pass: 1 GiB."""
-
-
-def tokens_per_pass(base: Base) -> int:
-    return min(TOKENS_PER_PASS[base.device.type], max(256, LOGITS_PER_PASS // base.vocab_size))
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 32768}
+"""At most. On a CPU a pass should stay near the caches: 1,024 tokens were more than twice as fast as 8,192 on the bundled base."""
+SHARE = 0.5
+"""Of the free memory, for the activations of the passes that run side by side."""
 
 
 @dataclass
-class PassRequest:
-    """One ``forward`` or ``forward_backward``."""
+class Answer:
+    """What units gave so far."""
 
-    slot: int | None
-    data: Sequence[Datum]
-    loss_fn: str
-    loss_config: dict[str, float] | None
-    backward: bool
+    logprobs_D: list[Floats]
+    sums: dict[str, float] = field(default_factory=dict[str, float])
+    error: Exception | None = None
+
+
+def tokens_per_pass(base: Base, gradient_checkpointing: bool, side_by_side: int) -> int:
+    """As many as fit into ``SHARE`` of the free memory, and no more than ``TOKENS_PER_PASS``.
+
+    A token keeps, per layer, about four vectors of the model's width, four of its heads' and five of its MLP's; while it is
+    computed as much again. With checkpointing a layer keeps one vector, and one layer at a time the rest.
+    """
+    config = base.model.config.get_text_config()
+    width: int = config.hidden_size
+    heads: int = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
+    layer = 4 * width + 4 * heads + 5 * (getattr(config, "intermediate_size", None) or 4 * width)
+    floats = base.layers * width + 2 * layer if gradient_checkpointing else (base.layers + 1) * layer
+    fits = int(SHARE * free_memory(base.device)) // (floats * base.model.dtype.itemsize * side_by_side)
+    return min(TOKENS_PER_PASS[base.device.type], max(256, fits))
+
+
+class Trainer:
+    """Runs passes, several side by side on a CPU: one thread each is faster than all threads on one, and gives the same bits
+    whatever their number."""
+
+    def __init__(self, base: Base, weights: Weights, *, gradient_checkpointing: bool = False) -> None:
+        self.base, self.weights, self.gradient_checkpointing = base, weights, gradient_checkpointing
+        self._pool: ThreadPoolExecutor | None = None
+        self._lanes = 1
+
+    def run(self, requests: Sequence[PassRequest], add_gradient: Callable[[int, Tensor], None]) -> list[Answer]:
+        """Answer every request; ``add_gradient(slot, row)`` is called unit by unit, in order. A request with an error may have
+        had some of its gradient added."""
+        lanes = torch.get_num_threads() if self.base.device.type == "cpu" and self.weights.mixes_slots else 1
+        budget = tokens_per_pass(self.base, self.gradient_checkpointing, lanes)
+        answers = {id(r): Answer([np.full(len(d.tokens), np.nan, np.float32) for d in r.data]) for r in requests}
+        units = [unit for request in requests for unit in cut(request, budget)]
+        for backward in (False, True):
+            passes = join([u for u in units if u.request.backward == backward], budget, self.weights.mixes_slots)
+            for results in self._side_by_side([partial(self._guarded, group) for group in passes], lanes):
+                for result in results:
+                    self._take(result, answers[id(result.unit.request)], add_gradient)
+        return [answers[id(request)] for request in requests]
+
+    def _take(self, result: _Result, answer: Answer, add_gradient: Callable[[int, Tensor], None]) -> None:
+        if result.error is not None:
+            answer.error = answer.error or result.error
+            return
+        if result.gradient is not None and result.unit.request.slot is not None:
+            add_gradient(result.unit.request.slot, result.gradient)
+        for name, number in result.sums.items():
+            answer.sums[name] = answer.sums.get(name, 0.0) + number
+        at = 0
+        for _, members in result.unit.groups:
+            for member in members:
+                trained = member.datum.mask != 0
+                count = int(trained.sum())
+                answer.logprobs_D[member.index][trained] = result.logprobs[at : at + count]
+                at += count
+
+    def _side_by_side(self, jobs: Sequence[Callable[[], list[_Result]]], lanes: int) -> Iterator[list[_Result]]:
+        """Results in order, with at most two jobs a lane under way."""
+        if lanes == 1:
+            yield from (job() for job in jobs)
+            return
+        if self._pool is None or self._lanes != lanes:
+            self._pool, self._lanes = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)), lanes
+        running: deque[Future[list[_Result]]] = deque()
+        for job in jobs:
+            running.append(self._pool.submit(job))
+            if len(running) > 2 * lanes:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def _guarded(self, units: list[Unit]) -> list[_Result]:
+        """Run a pass; where it fails, its units one by one, and a unit that is too large for the memory in halves."""
+        try:
+            return self._pass(units)
+        except Exception as error:
+            if len(units) > 1:
+                return [result for unit in units for result in self._guarded([unit])]
+            halves = units[0].halves() if out_of_memory(error) else []
+            if not halves:
+                return [_Result(units[0], error=error)]
+        warnings.warn(f"out of memory on {units[0].tokens} tokens at once; going on with half", RuntimeWarning, stacklevel=2)
+        return [result for half in halves for result in self._guarded([half])]
+
+    def _pass(self, units: list[Unit]) -> list[_Result]:
+        flat = pack(units, self.base.device, self.base.slides)
+        results: list[_Result] = []
+
+        def finish(hidden: Tensor, head: Head) -> Tensor:
+            lp = target_logprobs(hidden, trained(units, "targets", hidden.device), head)
+            losses = []
+            for unit, part in zip(units, lp.split(list(flat.wanted_counts)), strict=True):
+                loss, sums = _loss(unit, part)
+                losses.append(loss)
+                results.append(_Result(unit, part.detach().cpu().numpy(), sums))
+            return torch.stack(losses).sum()
+
+        if not units[0].request.backward:
+            self.weights.infer(flat, finish, published=False)
+            return results
+        for result, gradient in zip(results, self.weights.train(flat, finish), strict=True):
+            result.gradient = gradient
+        return results
 
 
 @dataclass
-class _Row:
-    request: int
-    index: int
-    datum: Datum
-    slot: int | None
+class _Result:
+    unit: Unit
+    logprobs: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    sums: dict[str, float] = field(default_factory=dict[str, float])
+    gradient: Tensor | None = None
+    error: Exception | None = None
 
 
-def run_passes(base: Base, weights: Weights, requests: Sequence[PassRequest]) -> list[ForwardBackwardOutput]:
-    """Answer every request; gradients are added to the slots' rows."""
-    outputs: list[list[Floats]] = [[np.full(len(d.tokens), np.nan, np.float32) for d in r.data] for r in requests]
-    sums: list[dict[str, float]] = [{} for _ in requests]
-    rows = [_Row(i, j, d, r.slot) for i, r in enumerate(requests) for j, d in enumerate(r.data)]
-    for backward in (False, True):
-        chosen = [row for row in rows if requests[row.request].backward == backward and row.datum.mask.any()]
-        for batch in _micro_batches(chosen, weights.mixes_slots, tokens_per_pass(base)):
-            with torch.set_grad_enabled(backward):
-                _run(base, weights, requests, batch, outputs, sums, backward)
-    return [ForwardBackwardOutput(out, _means(total, request)) for out, total, request in zip(outputs, sums, requests, strict=True)]
-
-
-def _micro_batches(rows: list[_Row], mixes_slots: bool, budget: int) -> list[list[_Row]]:
-    """Rows of about one length together, at most ``budget`` tokens with padding, sorted by slot inside a batch."""
-
-    def by_slot(row: _Row) -> int:
-        return -1 if row.slot is None else row.slot
-
-    batches: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda r: (0 if mixes_slots else by_slot(r), -len(r.datum.tokens))):
-        width = len(batches[-1][0].datum.tokens) if batches else 0
-        full = not batches or (len(batches[-1]) + 1) * width > budget
-        if full or (not mixes_slots and batches[-1][0].slot != row.slot):
-            batches.append([])
-        batches[-1].append(row)
-    return [sorted(batch, key=lambda r: (by_slot(r), r.request, r.index)) for batch in batches]
-
-
-def _run(
-    base: Base,
-    weights: Weights,
-    requests: Sequence[PassRequest],
-    batch: list[_Row],
-    outputs: list[list[Floats]],
-    sums: list[dict[str, float]],
-    backward: bool,
-) -> None:
-    width = max(len(row.datum.tokens) for row in batch)
-
-    def stacked(field: str, dtype: torch.dtype) -> Tensor:
-        """[rows, width], padded on the right, where causal attention never looks."""
-        padded = torch.zeros(len(batch), width, dtype=dtype)
-        for i, row in enumerate(batch):
-            array = getattr(row.datum, field)
-            padded[i, : len(array)] = torch.from_numpy(array)
-        return padded.to(base.device)
-
-    mask = stacked("mask", torch.float32)
-    selected = mask != 0
-    segments: list[Segment] = []
-    for row in batch:
-        if segments and segments[-1].slot == row.slot:
-            segments[-1] = Segment(row.slot, segments[-1].rows + 1)
-        else:
-            segments.append(Segment(row.slot, 1))
-    logits = weights.call(segments, train=True, selected=selected, input_ids=stacked("tokens", torch.long))
-    targets = stacked("targets", torch.long)[selected]
-    lp = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-    row_of_token = torch.arange(len(batch), device=base.device)[:, None].expand(-1, width)[selected]
-    flat = {name: stacked(name, torch.float32)[selected] for name in ("logprobs", "advantages", "mask")}
-    loss = torch.zeros((), device=base.device)
-    for number in sorted({row.request for row in batch}):
-        of_request = torch.tensor([row.request == number for row in batch], device=base.device)[row_of_token]
-        inputs = LossInputs(*(t[of_request] for t in (lp, flat["logprobs"], flat["advantages"], flat["mask"], row_of_token)))
-        loss = loss + _loss(requests[number], inputs, sums[number])
-    if backward:
-        loss.backward()
-    values = lp.detach().cpu().numpy()
-    at = np.cumsum([0, *selected.sum(1).tolist()])
-    for i, row in enumerate(batch):
-        outputs[row.request][row.index][row.datum.mask != 0] = values[at[i] : at[i + 1]]
-
-
-def _loss(request: PassRequest, inputs: LossInputs, total: dict[str, float]) -> Tensor:
-    function, config = resolve_loss(request.loss_fn, request.loss_config)
+def _loss(unit: Unit, lp: Tensor) -> tuple[Tensor, dict[str, float]]:
+    function, config = resolve_loss(unit.request.loss_fn, unit.request.loss_config)
+    q, advantages, weights = (trained([unit], name, lp.device) for name in ("logprobs", "advantages", "mask"))
+    inputs = LossInputs(lp, q, advantages, weights, owners(unit, lp.device))
     value, clipped = function(inputs, config)
-    new = {"loss": float(value.detach()), "tokens": float(len(inputs.lp)), "clipped": float(clipped.sum())}
-    if request.loss_fn != "cross_entropy":
-        new |= {name: float(t) for name, t in drift(inputs).items()}
-    for name, number in new.items():
-        total[name] = total.get(name, 0.0) + number
-    return value
+    sums = {"loss": float(value.detach()), "tokens": float(len(lp)), "clipped": float(clipped.sum())}
+    if unit.request.loss_fn != "cross_entropy":
+        sums |= {name: float(t) for name, t in drift(inputs).items()}
+    return value, sums
 
 
-def _means(total: dict[str, float], request: PassRequest) -> dict[str, float]:
+def to_output(answer: Answer) -> ForwardBackwardOutput:
     """Tinker's metric names, ``name:reduction``."""
+    total = answer.sums
     tokens = max(total.get("tokens", 0.0), 1.0)
     metrics = {"loss:sum": total.get("loss", 0.0), "tokens:sum": total.get("tokens", 0.0)}
     names = {"clipped": "clip_fraction", "ratio": "ratio"} | {k: k for k in total if k.startswith("kl_")}
-    return metrics | {f"{new}:mean": total[old] / tokens for old, new in names.items() if old in total}
+    metrics |= {f"{new}:mean": total[old] / tokens for old, new in names.items() if old in total}
+    return ForwardBackwardOutput(answer.logprobs_D, metrics)

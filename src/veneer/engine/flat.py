@@ -1,0 +1,55 @@
+"""One forward pass: the tokens of many rows and many adapters in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.engine.attention import Layout
+
+TILE = 16
+"""A float32 matrix product on one thread gives a row the same bits in any batch of at least this many rows, and others in
+smaller ones: shorter batches are filled up, so that no result depends on its company."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens that run through one adapter; slot None is the base alone."""
+
+    slot: int | None
+    tokens: int
+
+
+@dataclass
+class Flat:
+    """All that a pass reads. Its line may be longer than its segments: the rest is filling."""
+
+    tokens: Tensor
+    """int64 [line]."""
+    positions: Tensor
+    """int64 [line], each within its own sequence."""
+    layout: Layout
+    segments: Sequence[Segment]
+    wanted: Tensor
+    """int64 [n]: the places whose final hidden states are wanted, in the order of the segments."""
+    wanted_counts: Sequence[int]
+    """How many of them each segment holds."""
+
+
+def filled(values: list[int], device: torch.device, before: int = 0) -> Tensor:
+    """int64 on ``device``, filled up with zeros to a full tile together with the ``before`` tokens ahead of it."""
+    return torch.tensor(values + [0] * (TILE - before - len(values)), dtype=torch.long).to(device)
+
+
+def runs(slots: Iterable[tuple[int | None, int]]) -> list[Segment]:
+    """(slot, tokens) pairs, neighbours of one slot joined."""
+    segments: list[Segment] = []
+    for slot, tokens in slots:
+        if segments and segments[-1].slot == slot:
+            segments[-1] = Segment(slot, segments[-1].tokens + tokens)
+        elif tokens:
+            segments.append(Segment(slot, tokens))
+    return segments
