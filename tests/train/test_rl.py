@@ -199,7 +199,7 @@ def test_a_sampler_that_ignores_the_adapter_is_caught(tmp_path: Path, monkeypatc
     session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
     stack = engine_of(session)._stack
     parts = stack._parts
-    monkeypatch.setattr(stack, "_parts", lambda slot, published: {} if published else parts(slot, published))
+    monkeypatch.setattr(stack, "_parts", lambda slot, count, published: {} if published else parts(slot, count, published))
     with pytest.raises(AttestationError, match="do not run the same weights"):
         run_session(session)
     assert [m["step"] for m in session.run.metrics()] == [0, 1]

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "veneer_in_line"
-ROUGH = 0.75
-"""Rows shorter than this share of the longest of their block go into a block of their own."""
+STEPS = ((192, 32), (768, 64), (1 << 62, 256))
+"""Below each length, rows are padded to multiples of the number beside it, which is how many queries the CPU's attention kernel
+takes at a time: so each row is computed in the same pieces whatever its neighbours are."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,17 @@ class Ragged:
     """Rows of any lengths that attend causally, each to itself and its prefix."""
 
     def __init__(self, rows: Sequence[Row], device: torch.device, slides: bool) -> None:
-        """``slides``: some layer has a window."""
+        """``slides``: some layer has a window. Rows with prefixes are padded to the longest of their block, and so should be blocks
+        that always run together."""
         self.blocks: list[_Block] = []
         self.attended = 0
         """Query places, padding included."""
         places: list[np.ndarray] = []
-        order = sorted(range(len(rows)), key=lambda i: (rows[i].prefix_length > 0, -rows[i].length))
-        groups: list[list[Row]] = []
-        for i in order:
-            row = rows[i]
-            head = groups[-1][0] if groups else None
-            if head is None or (head.prefix_length > 0) != (row.prefix_length > 0) or row.length < ROUGH * head.length:
-                groups.append([])
-            groups[-1].append(row)
+        by_width: dict[tuple[bool, int], list[Row]] = {}
+        for row in rows:
+            by_width.setdefault((row.prefix_length > 0, padded(row.length)), []).append(row)
+        groups = [sorted(group, key=lambda row: row.start) for group in by_width.values()]
         for group in groups:
-            group.sort(key=lambda row: row.start)
             block, place = _block(group, device, slides)
             self.blocks.append(block)
             places.append(place + self.attended)
@@ -167,6 +164,12 @@ class Ragged:
         return out if len(out) == len(q) else F.pad(out, (0, 0, 0, 0, 0, len(q) - len(out)))
 
 
+def padded(length: int) -> int:
+    """The number of queries that a row of this length takes up."""
+    step = next(step for below, step in STEPS if length < below)
+    return -(-length // step) * step
+
+
 def _rows(t: Tensor, places: Tensor | slice, rows: int) -> Tensor:
     """[tokens, heads, dim] -> [rows, heads, columns, dim]."""
     picked = t[places] if isinstance(places, slice) else t.index_select(0, places)
@@ -178,7 +181,7 @@ def _block(group: list[Row], device: torch.device, slides: bool) -> tuple[_Block
     start, length, prefix_start, prefix = (
         np.array([getattr(row, name) for row in group])[:, None] for name in ("start", "length", "prefix_start", "prefix_length")
     )
-    i, j = np.arange(length.max()), np.arange(prefix.max())
+    i, j = np.arange(padded(int(length.max()))), np.arange(prefix.max())
     queries = start + np.minimum(i, length - 1)  # padding repeats the last token
     keys = np.concatenate([prefix_start + np.minimum(j, np.maximum(prefix - 1, 0)), queries], axis=1)
     mask = None

@@ -147,7 +147,7 @@ class Base(nn.Module):
         ids = torch.arange(length, device=self.device) * 7 % self.vocab_size
         wanted = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
         layout = Ragged([Row(0, length)], self.device, self.slides)
-        flat = Flat(ids, torch.arange(length, device=self.device), layout, [], torch.arange(length, device=self.device), [])
+        flat = Flat(ids, torch.arange(length, device=self.device), layout, [], torch.arange(length, device=self.device))
         try:
             self.model.set_attn_implementation(IMPLEMENTATION)
             found = self.forward(flat, lambda hidden, head: head(hidden, 0))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.engine.attention import Ragged, Score
 
-FINE = 16
+FINE = 32
 """Attention reads keys up to a multiple of this in small banks."""
 SMALL = 256
 """Up to this capacity a sum over more keys, all with weight zero, gives the same bits; longer sums are cut up by their length."""
@@ -201,7 +201,7 @@ class StepLayout:
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
         if len(self.banks) == 1 and self.banks[0].rows is None:
             return self.banks[0].attend(q, k, v, score)
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)
         for bank in self.banks:
             rows = slice(None) if bank.rows is None else bank.rows
             out[rows] = bank.attend(q[rows], k[rows], v[rows], score)

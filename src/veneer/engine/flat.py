@@ -21,6 +21,8 @@ class Segment:
 
     slot: int | None
     tokens: int
+    wanted: int
+    """How many of their final hidden states are wanted."""
 
 
 @dataclass
@@ -35,8 +37,6 @@ class Flat:
     segments: Sequence[Segment]
     wanted: Tensor
     """int64 [n]: the places whose final hidden states are wanted, in the order of the segments."""
-    wanted_counts: Sequence[int]
-    """How many of them each segment holds."""
 
 
 def filled(values: list[int], device: torch.device, before: int = 0) -> Tensor:
@@ -44,12 +44,12 @@ def filled(values: list[int], device: torch.device, before: int = 0) -> Tensor:
     return torch.tensor(values + [0] * (TILE - before - len(values)), dtype=torch.long).to(device)
 
 
-def runs(slots: Iterable[tuple[int | None, int]]) -> list[Segment]:
-    """(slot, tokens) pairs, neighbours of one slot joined."""
+def runs(pieces: Iterable[Segment]) -> list[Segment]:
+    """Neighbours of one slot joined, empty ones dropped."""
     segments: list[Segment] = []
-    for slot, tokens in slots:
-        if segments and segments[-1].slot == slot:
-            segments[-1] = Segment(slot, segments[-1].tokens + tokens)
-        elif tokens:
-            segments.append(Segment(slot, tokens))
+    for piece in pieces:
+        if segments and segments[-1].slot == piece.slot:
+            segments[-1] = Segment(piece.slot, segments[-1].tokens + piece.tokens, segments[-1].wanted + piece.wanted)
+        elif piece.tokens:
+            segments.append(piece)
     return segments

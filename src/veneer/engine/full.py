@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,10 @@ class FullStack:
         self.base = base
         self.shapes = {name: p.shape for name, p in base.model.named_parameters()}
         self.rows = Rows(sum(s.numel() for s in self.shapes.values()), base.device)
+
+    def stackable(self, slots: Sequence[int | None]) -> bool:
+        """Copies of the weights run one at a time."""
+        return False
 
     def create(self, config: LoraConfig | None) -> int:
         if config is not None:

@@ -38,30 +38,27 @@ class Joined:
 
     def __init__(self, named: Sequence[tuple[str, nn.Linear]]) -> None:
         self.names = [name for name, _ in named]
-        self.weight = torch.cat([m.weight for _, m in named]).detach()
+        self.weight = torch.cat([m.weight for _, m in named]).detach().T.contiguous()
+        """[d_in, d_out]: in this order a product of few rows is up to a third faster."""
         self.bias = None if named[0][1].bias is None else torch.cat([m.bias for _, m in named]).detach()
-        self.transposed = self.weight.T
         at = 0
         for _, module in named:
             stop = at + module.out_features
-            module.weight.data = self.weight[at:stop]
+            module.weight.data = self.weight[:, at:stop].T
             if self.bias is not None:
                 module.bias.data = self.bias[at:stop]
             at = stop
 
     def forward(self, x: Tensor, active: Active, residual: Tensor | None = None) -> tuple[Tensor, Lows]:
         """[line, d_in] -> [line, d_out], plus ``residual``; and what ``backward`` needs."""
-        if residual is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = torch.addmm(residual, x, self.transposed)
-            if self.bias is not None:
-                y += self.bias
+        y = torch.mm(x, self.weight) if residual is None else torch.addmm(residual, x, self.weight)
+        if self.bias is not None:
+            y += self.bias
         return y, add_updates(x, y, active, self.names[0])
 
     def backward(self, x: Tensor, dy: Tensor, lows: Lows, active: Active, *, input_too: bool = True) -> Tensor | None:
         """Gradients of the adapters, and of x if wanted."""
-        dx = dy @ self.weight if input_too else None
+        dx = torch.mm(dy, self.weight.T) if input_too else None
         propagate(x, dy, dx, lows, active, self.names[0])
         return dx
 
@@ -259,7 +256,9 @@ class FusedModel:
         x, cos, sin = self._start(flat)
         for layer in self.layers:
             x, _ = layer.forward(x, cos, sin, flat.layout, active, keep=False)
-        return self.norm.forward(x[flat.wanted])[0]
+        if len(flat.wanted) < len(x):
+            x = x.index_select(0, flat.wanted)
+        return self.norm.forward(x)[0]
 
     def train(self, flat: Flat, active: Active, finish: Callable[[Tensor], Tensor], gradient_checkpointing: bool) -> None:
         """Run forward, back-propagate the loss that ``finish`` makes of the wanted hidden states, add up the adapters' gradients."""
@@ -291,7 +290,7 @@ class FusedModel:
 def _probe(base: Base) -> Flat:
     length = min(PROBE, base.context_length)
     places = torch.arange(length, device=base.device)
-    return Flat(places * 5 % base.vocab_size, places, Ragged([Row(0, length)], base.device, base.slides), [], places, [])
+    return Flat(places * 5 % base.vocab_size, places, Ragged([Row(0, length)], base.device, base.slides), [], places)
 
 
 def _is_of_the_family(layer: nn.Module) -> bool:

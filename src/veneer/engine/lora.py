@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from veneer.engine.base import Base, Head, PlainHead
-from veneer.engine.flat import Flat
+from veneer.engine.flat import TILE, Flat
 from veneer.engine.fused import FusedModel
 from veneer.engine.rows import Rows
 from veneer.engine.update import Active, Adapted, Output, Part
 from veneer.types import AdapterError, LoraConfig
 
 T = TypeVar("T")
+
+STACK = 3
+"""This many adapters with equally many rows are one batched product rather than one product each."""
 
 
 def linear_modules(base: Base) -> dict[str, nn.Linear]:
@@ -103,7 +106,8 @@ class LoraStack:
         joined = {name for names in self.products for name in names}
         self.products += [[name] for name in self.linears if name not in joined]
         self.head_name = next(name for name, linear in self.linears.items() if linear is base.head)
-        self._kept_parts: dict[tuple[int, bool], dict[str, Part]] = {}
+        self._kept_parts: dict[tuple[int, int, bool], dict[str, Part]] = {}
+        self._stackable: dict[tuple[int | None, ...], bool] = {}
         self._lane = threading.local()
         if self.fused is None:
             for name, linear in self.linears.items():
@@ -126,9 +130,9 @@ class LoraStack:
         for name, linear in zip(names, targets, strict=True):  # all As, then all Bs: those of joined maps lie together
             layout[name] = (at_a, at_b)
             at_a, at_b = at_a + config.rank * linear.in_features, at_b + config.rank * linear.out_features
-        size = at_b
+        size = at_b + max(linear.in_features for linear in targets)  # so that ``Part.wide`` ends within the row
         slot = self.rows.claim(size)
-        self._kept_parts.clear()  # the rows may have moved
+        self._forget()
         self.configs[slot], self.layouts[slot] = config, layout
         generator = torch.Generator().manual_seed(config.seed % 2**63)
         for name, (a, _) in self.views(slot, self.rows.training).items():
@@ -139,18 +143,25 @@ class LoraStack:
 
     def remove(self, slot: int) -> None:
         del self.configs[slot], self.layouts[slot]
+        self._forget()
         self.rows.release(slot)
+
+    def _forget(self) -> None:
+        """Views and shapes that were kept; the rows may have moved."""
+        self._kept_parts.clear()
+        self._stackable.clear()
 
     def views(self, slot: int, stacked: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> (A [rank, d_in], B^T [rank, d_out]) inside one row of ``stacked`` [slots, size]."""
         return self._views(slot, stacked[slot])
 
     def _views(self, slot: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same in a row [size], or in a stack of rows of one shape [k, size] with k in front."""
         rank, views = self.configs[slot].rank, {}
         for name, (at_a, at_b) in self.layouts[slot].items():
             linear = self.linears[name]
-            a = row[at_a : at_a + rank * linear.in_features].view(rank, linear.in_features)
-            bt = row[at_b : at_b + rank * linear.out_features].view(rank, linear.out_features)
+            a = row[..., at_a : at_a + rank * linear.in_features].unflatten(-1, (rank, linear.in_features))
+            bt = row[..., at_b : at_b + rank * linear.out_features].unflatten(-1, (rank, linear.out_features))
             views[name] = (a, bt)
         return views
 
@@ -170,18 +181,28 @@ class LoraStack:
 
     # ------------------------------------------------ passes
 
+    def stackable(self, slots: Sequence[int | None]) -> bool:
+        """Whether these adapters, each with as many rows, are one batched product: neighbours of one shape, and enough of them."""
+        key = tuple(slots)
+        if key not in self._stackable:
+            self._stackable[key] = len(key) >= STACK and None not in key and self._are_alike([slot for slot in key if slot is not None])
+        return self._stackable[key]
+
+    def _are_alike(self, slots: Sequence[int]) -> bool:
+        first = slots[0]
+        same = [(self.layouts[slot], self.configs[slot].rank, self.configs[slot].alpha) for slot in slots]
+        return list(slots) == list(range(first, first + len(slots))) and all(shape == same[0] for shape in same)
+
     @torch.no_grad()
     def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
         """``finish`` of the wanted hidden states [n, d] and the head, with the published or the training rows, no gradient."""
-        active = Active(
-            [s.tokens for s in flat.segments], [None if s.slot is None else self._parts(s.slot, published) for s in flat.segments]
-        )
+        active = self._active(flat, published)
         if self.fused is not None:
             hidden = self.fused.hidden(flat, active)
         else:
             with self._running(active):
                 hidden = self.base.hidden(flat)
-        return finish(hidden, self._head(flat, active))
+        return finish(hidden, self._head(flat, [self._parts(s.slot, 1, published) for s in flat.segments]))
 
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
         """Back-propagate the loss that ``finish`` returns. Per segment its gradient, shaped as the slot's row."""
@@ -191,7 +212,7 @@ class LoraStack:
             for s, g in zip(flat.segments, grads, strict=True)
         ]
         active = Active([s.tokens for s in flat.segments], parts)
-        head = self._head(flat, active)
+        head = self._head(flat, parts)
         if self.fused is not None:
             self.fused.train(flat, active, lambda hidden: finish(hidden, head), self.gradient_checkpointing)
             return grads
@@ -201,11 +222,22 @@ class LoraStack:
             loss.backward()
         return grads
 
-    def _parts(self, slot: int, published: bool) -> dict[str, Part]:
-        """The views of a slot's row by product; kept, for a decoding step has no time to make them."""
-        if (slot, published) not in self._kept_parts:
-            self._kept_parts[slot, published] = self._parts_of(slot, (self.rows.published if published else self.rows.training)[slot])
-        return self._kept_parts[slot, published]
+    def _active(self, flat: Flat, published: bool) -> Active:
+        tokens, slots = [s.tokens for s in flat.segments], [s.slot for s in flat.segments]
+        if len(set(tokens)) == 1 and tokens[0] >= TILE and sum(tokens) == len(flat.tokens) and self.stackable(slots):
+            return Active([len(flat.tokens)], [self._parts(slots[0], len(slots), published)])
+        return Active(tokens, [self._parts(slot, 1, published) for slot in slots])
+
+    def _parts(self, slot: int | None, count: int, published: bool) -> dict[str, Part] | None:
+        """The views of a slot's row, or of ``count`` rows from there on, by product; kept, for a decoding step has no time to
+        make them."""
+        if slot is None:
+            return None
+        key = (slot, count, published)
+        if key not in self._kept_parts:
+            stacked = self.rows.published if published else self.rows.training
+            self._kept_parts[key] = self._parts_of(slot, stacked[slot] if count == 1 else stacked[slot : slot + count])
+        return self._kept_parts[key]
 
     def _parts_of(self, slot: int, row: Tensor, grads: Tensor | None = None) -> dict[str, Part]:
         config, views = self.configs[slot], self._views(slot, row)
@@ -225,14 +257,14 @@ class LoraStack:
             if outputs:
                 first, d_in = next(name for name in names if name in views), self.linears[names[0]].in_features
                 begin = self.layouts[slot][first][0]
-                a = row[begin : begin + at * d_in].view(at, d_in)
+                wide = row[..., begin : begin + max(at, 2) * d_in].unflatten(-1, (max(at, 2), d_in))
                 grad_a = None if grads is None else grads[begin : begin + at * d_in].view(at, d_in)
-                parts[names[0]] = Part(a, outputs, config.alpha / config.rank, grad_a)
+                parts[names[0]] = Part(wide[..., :at, :], wide, outputs, config.alpha / config.rank, grad_a)
         return parts
 
-    def _head(self, flat: Flat, active: Active) -> Head:
-        adapted = active.touches(self.head_name)
-        return AdaptedHead(self.base, replace(active, tokens=flat.wanted_counts), self.head_name) if adapted else PlainHead(self.base)
+    def _head(self, flat: Flat, parts: Sequence[Mapping[str, Part] | None]) -> Head:
+        active = Active([s.wanted for s in flat.segments], parts)
+        return AdaptedHead(self.base, active, self.head_name) if active.touches(self.head_name) else PlainHead(self.base)
 
     @contextmanager
     def _running(self, active: Active) -> Iterator[None]:

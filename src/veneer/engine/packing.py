@@ -153,7 +153,7 @@ class _Line:
 
 def pack(units: Sequence[Unit], device: torch.device, slides: bool) -> Flat:
     """One pass over units, a segment each, in which every trained position is wanted."""
-    line, layout, counts = _Line([], [], []), _Units(), [unit.trained for unit in units]
+    line, layout = _Line([], [], []), _Units()
     for unit in units:
         start, rows = line.length, list[Row]()
         for prefix, members in unit.groups:
@@ -172,9 +172,8 @@ def pack(units: Sequence[Unit], device: torch.device, slides: bool) -> Flat:
         filled(np.concatenate(line.tokens).tolist(), device),
         filled(np.concatenate(line.positions).tolist(), device),
         layout,
-        [Segment(unit.request.slot, length) for unit, length in zip(units, layout.lengths, strict=True)],
+        [Segment(unit.request.slot, length, unit.trained) for unit, length in zip(units, layout.lengths, strict=True)],
         torch.from_numpy(np.concatenate(line.wanted)).to(device),
-        counts,
     )
 
 

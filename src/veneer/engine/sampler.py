@@ -9,34 +9,30 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.base import Base, Head
-from veneer.engine.cache import AHEAD, Bank, BankRows, Fill, StepLayout, capacity_for
+from veneer.engine.batch import Batch, Completion, SampleRequest
+from veneer.engine.cache import AHEAD, Bank, Fill, StepLayout, capacity_for
 from veneer.engine.draws import Chooser, sequence_key, uniforms
-from veneer.engine.flat import TILE, Flat, Segment, filled, runs
+from veneer.engine.flat import Flat, Segment, filled, runs
 from veneer.engine.logprobs import target_logprobs
 from veneer.engine.memory import out_of_memory
-from veneer.types import Floats, SamplingParams, Tokens
 
 T = TypeVar("T")
 
-ROWS = {"cpu": 256, "cuda": 1024}
+ROWS = {"cpu": 512, "cuda": 1024}
 """Completions that decode together."""
 PROMPT_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Prompt tokens that join one step; a single longer prompt is still read whole."""
 IDLE = 8
 """Ended rows stay in the batch until they are one in this many, or until others wait for their place."""
 
-DRAWS = 32
-"""Steps whose random numbers are made in one go."""
 CALM = 64
 """After a failed pass the number of rows is halved; after this many that went well it is doubled."""
 
@@ -46,107 +42,11 @@ class Weights(Protocol):
 
     mixes_slots: bool
 
+    def stackable(self, slots: Sequence[int | None]) -> bool: ...
+
     def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T: ...
 
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]: ...
-
-
-@dataclass(eq=False)
-class SampleRequest:
-    prompt: Tokens
-    slot: int | None
-    """Bound by the engine when the request's turn comes."""
-    params: SamplingParams
-    n: int
-    prompt_logprobs: bool = False
-    cancelled: bool = False
-    waiting: int = 0
-    """Completions that have not started."""
-    scores: Floats | None = None
-    """[len(prompt)] if asked for."""
-    rows: list[Completion] = field(default_factory=list["Completion"], repr=False)
-
-    @property
-    def done(self) -> bool:
-        return self.waiting == 0 and all(row.stop_reason is not None for row in self.rows)
-
-
-@dataclass(eq=False)
-class Completion:
-    """A row while it grows."""
-
-    request: SampleRequest
-    budget: int
-    key: int
-    stop_tokens: frozenset[int]
-    tokens: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-    stop_reason: str | None = None
-    bank: Bank | None = None
-    place: int = 0
-    """Its slot in the bank."""
-
-    @property
-    def ended(self) -> bool:
-        return self.stop_reason is not None or self.request.cancelled
-
-    @property
-    def position(self) -> int:
-        """Of its newest token, which the next step reads."""
-        return len(self.request.prompt) + len(self.tokens) - 1
-
-
-@dataclass
-class _Batch:
-    """The running rows, sorted by slot, and what the device knows of them."""
-
-    rows: list[Completion]
-    newest: Tensor
-    positions: Tensor
-    draws: Tensor
-    """[DRAWS, rows]: the uniform numbers of the coming steps."""
-    choose: Chooser
-    banks: list[BankRows]
-    segments: list[Segment]
-    places: Tensor
-    """0 to rows - 1: where the rows are in the line."""
-    steps_left: int
-    """Until some row outgrows its bank, or the numbers run out."""
-    step: int = 0
-
-    @classmethod
-    def of(cls, rows: list[Completion], device: torch.device) -> _Batch:
-        def column(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
-
-        homes: dict[int, tuple[Bank, list[int]]] = {}
-        for i, row in enumerate(rows):
-            assert row.bank is not None
-            homes.setdefault(id(row.bank), (row.bank, []))[1].append(i)
-        banks = []
-        for bank, members in homes.values():
-            places = [rows[i].place for i in members]
-            in_order = len(homes) == 1 and places == list(range(len(rows)))
-            longest = max(rows[i].position for i in members)
-            banks.append(BankRows(bank, None if in_order else column(members), column(places), bank.top, longest))
-        counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])
-        return cls(
-            rows,
-            column([row.tokens[-1] for row in rows]),
-            column([row.position for row in rows]),
-            uniforms(column([row.key for row in rows]).expand(DRAWS, -1), counts),
-            Chooser([row.request.params for row in rows], device),
-            banks,
-            runs([(row.request.slot, 1) for row in rows]),
-            torch.arange(len(rows), device=device),
-            min(DRAWS, min((row.bank.capacity - row.position for row in rows if row.bank), default=0)),
-        )
-
-    def advance(self, tokens: Tensor) -> None:
-        self.newest = tokens
-        self.positions = self.positions + 1
-        self.steps_left -= 1
-        self.step += 1
 
 
 class Sampler:
@@ -157,7 +57,7 @@ class Sampler:
         self.waiting: deque[SampleRequest] = deque()
         self.most_rows = self.limit = ROWS[base.device.type]
         self.banks: dict[int, Bank] = {}
-        self.batch = _Batch.of([], base.device)
+        self.batch = self._gather([])
         self.failed: list[tuple[SampleRequest, Exception]] = []
         """Requests that cannot be answered, for the engine to take away."""
         self._calm = 0
@@ -166,6 +66,9 @@ class Sampler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.batch.rows
+
+    def _gather(self, rows: list[Completion]) -> Batch:
+        return Batch.of(rows, self.base.device, self.weights.stackable)
 
     def slots_in_use(self) -> set[int | None]:
         return {r.slot for r in self.waiting} | {row.request.slot for row in self.batch.rows}
@@ -224,11 +127,11 @@ class Sampler:
             self.batch = self._sorted(rows)
         return self._admit() if self.waiting else []
 
-    def _sorted(self, rows: list[Completion]) -> _Batch:
+    def _sorted(self, rows: list[Completion]) -> Batch:
         outgrown = [row for row in rows if row.bank is not None and row.position >= row.bank.capacity]
         self._move(outgrown)
         order = sorted(rows, key=lambda row: (-1 if row.request.slot is None else row.request.slot, id(row.bank), row.place))
-        return _Batch.of(order, self.base.device)
+        return self._gather(order)
 
     def _admit(self) -> list[tuple[Completion, list[Completion]]]:
         """Start rows while there is room. A request whose rows do not all fit waits, unless it never would."""
@@ -272,41 +175,38 @@ class Sampler:
 
     def _pass(self, started: list[tuple[Completion, list[Completion]]]) -> tuple[Tensor, Tensor]:
         """Run the model. Tokens and log-probabilities [rows] of the running rows, then of the starting ones."""
-        batch, n = self.batch, len(self.batch.rows)
+        batch = self.batch
         for bank in batch.banks:
             bank.begin(batch.positions, batch.step)
         if started:
             return self._pass_with_prompts(started)
-        tokens, positions = batch.newest, batch.positions
-        if n < TILE:
-            tokens, positions = F.pad(tokens, (0, TILE - n)), F.pad(positions, (0, TILE - n))
-        layout = StepLayout(n, batch.banks, None, ())
-        flat = Flat(tokens, positions, layout, batch.segments, batch.places, [s.tokens for s in batch.segments])
+        layout = StepLayout(len(batch.newest), batch.banks, None, ())
+        flat = Flat(batch.newest, batch.positions, layout, batch.segments, batch.places)
         return self.weights.infer(flat, lambda hidden, head: batch.choose(head(hidden, 0), batch.draws[batch.step]), published=True)
 
     def _pass_with_prompts(self, started: list[tuple[Completion, list[Completion]]]) -> tuple[Tensor, Tensor]:
-        device, batch, n = self.base.device, self.batch, len(self.batch.rows)
+        device, batch, n = self.base.device, self.batch, len(self.batch.newest)
         prompts = [group[0].request.prompt for _, group in started]
         lines, at = [], 0
         for prompt in prompts:
             lines.append(Row(at, len(prompt)))
             at += len(prompt)
         scored = [any(row.request.prompt_logprobs for row in group) for _, group in started]
-        wanted = list(range(n))
+        wanted = batch.places.tolist()
         for line, all_of_it in zip(lines, scored, strict=True):
             stop = n + line.start + line.length
             wanted += range(n + line.start if all_of_it else stop - 1, stop)
         slots = [group[0].request.slot for _, group in started]
         counts = [line.length if all_of_it else 1 for line, all_of_it in zip(lines, scored, strict=True)]
-        decoding = [(s.slot, s.tokens) for s in batch.segments]
+        filling = Segment(None, n - sum(s.tokens for s in batch.segments), 0)
+        reading = [Segment(slot, line.length, count) for slot, line, count in zip(slots, lines, counts, strict=True)]
         fills = [fill for (_, group), line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
         flat = Flat(
             torch.cat([batch.newest, filled(np.concatenate(prompts).tolist(), device, n)]),
             torch.cat([batch.positions, filled([i for line in lines for i in range(line.length)], device, n)]),
             StepLayout(n, batch.banks, Ragged(lines, device, self.base.slides), fills),
-            runs(decoding + [(slot, line.length) for slot, line in zip(slots, lines, strict=True)]),
+            runs([*batch.segments, filling, *reading]),
             torch.tensor(wanted, device=device),
-            [s.tokens for s in runs(decoding + list(zip(slots, counts, strict=True)))],
         )
         return self.weights.infer(flat, lambda hidden, head: self._start_drawing(hidden, head, started, scored), published=True)
 
@@ -411,7 +311,7 @@ class Sampler:
         requests = list({id(row.request): row.request for row in rows}.values())
         for row in rows:
             self._leave(row)
-        self.batch = _Batch.of([], self.base.device)
+        self.batch = self._gather([])
         self.banks.clear()
         if len(rows) == 1:
             requests[0].cancelled = True

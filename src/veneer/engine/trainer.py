@@ -129,7 +129,7 @@ class Trainer:
         def finish(hidden: Tensor, head: Head) -> Tensor:
             lp = target_logprobs(hidden, trained(units, "targets", hidden.device), head)
             losses = []
-            for unit, part in zip(units, lp.split(list(flat.wanted_counts)), strict=True):
+            for unit, part in zip(units, lp.split([segment.wanted for segment in flat.segments]), strict=True):
                 loss, sums = _loss(unit, part)
                 losses.append(loss)
                 results.append(_Result(unit, part.detach().cpu().numpy(), sums))

@@ -27,10 +27,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter on one product of the base, float32. A product that joins several linear maps has their As above each other."""
+    """One adapter on one product of the base, float32. A product that joins several linear maps has their As above each other.
+    Or a stack of k adapters of one shape, each for as many tokens: then every tensor has k in front."""
 
     a: Tensor
     """[ranks, d_in]"""
+    wide: Tensor
+    """``a``, and for a single rank the numbers behind it as a second row: a product with one column is computed in another way,
+    in which a row's bits depend on the other rows."""
     outputs: Sequence[Output]
     scale: float
     """alpha / rank"""
@@ -59,6 +63,8 @@ class Active:
 def add_updates(x: Tensor, y: Tensor, active: Active, name: str) -> list[Tensor | None]:
     """Add every segment's update to y [line, d_out] in place, from x [line, d_in]; returns x A^T of each, for ``propagate``.
     The products run in float32 and over at least ``TILE`` rows."""
+    if not active.touches(name):
+        return [None] * len(active.parts)
     lows: list[Tensor | None] = []
     at, line = 0, x.shape[0]
     for tokens, parts in zip(active.tokens, active.parts, strict=True):
@@ -70,6 +76,9 @@ def add_updates(x: Tensor, y: Tensor, active: Active, name: str) -> list[Tensor 
             filled = F.pad(ys, (0, 0, 0, TILE - tokens))
             lows.append(_add(F.pad(xs, (0, 0, 0, TILE - tokens)), filled, part)[:tokens])
             ys.copy_(filled[:tokens])
+        elif part.a.ndim == 3:  # no gradient flows here
+            _add_stack(x.to(part.a.dtype), y, part)
+            lows.append(None)
         elif tokens == line:
             lows.append(_add(x if x.dtype == part.a.dtype else x.to(part.a.dtype), y, part))
         else:
@@ -78,16 +87,33 @@ def add_updates(x: Tensor, y: Tensor, active: Active, name: str) -> list[Tensor 
     return lows
 
 
+def _add_stack(x: Tensor, y: Tensor, part: Part) -> None:
+    stack = len(part.a)
+    xs, ys = x.view(stack, -1, x.shape[1]), y.view(stack, -1, y.shape[1])
+    low = torch.bmm(xs, part.wide.mT)
+    for out in part.outputs:
+        _add_product(ys[..., out.columns], low[..., out.ranks], out.bt, part.scale)
+
+
 def _add(x: Tensor, y: Tensor, part: Part) -> Tensor:
-    low = torch.mm(x, part.a.T)
+    low = torch.mm(x, part.wide.T)[:, : len(part.a)]
     for out in part.outputs:
         whole = out.columns == slice(0, y.shape[1])
         ys, ls = (y, low) if whole else (y[:, out.columns], low[:, out.ranks])
-        if y.dtype == out.bt.dtype:
-            ys.addmm_(ls, out.bt, alpha=part.scale)
-        else:
-            ys.add_((ls @ out.bt).mul_(part.scale).to(y.dtype))
+        _add_product(ys, ls, out.bt, part.scale)
     return low
+
+
+def _add_product(y: Tensor, low: Tensor, bt: Tensor, scale: float) -> None:
+    """y += scale low B^T, of matrices or of stacks of them."""
+    if y.dtype != bt.dtype:
+        y.add_((low @ bt).mul_(scale).to(y.dtype))
+    elif bt.shape[-2] == 1:  # products over one rank round in more than one way
+        y.addcmul_(low, bt, value=scale)
+    elif y.ndim == 2:
+        y.addmm_(low, bt, alpha=scale)
+    else:
+        y.baddbmm_(low, bt, alpha=scale)
 
 
 def propagate(x: Tensor, dy: Tensor, dx: Tensor | None, lows: Sequence[Tensor | None], active: Active, name: str) -> None:

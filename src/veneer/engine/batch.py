@@ -1,0 +1,132 @@
+"""The running completions, and what the device knows of them between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from veneer.engine.cache import Bank, BankRows
+from veneer.engine.draws import Chooser, uniforms
+from veneer.engine.flat import TILE, Segment, runs
+from veneer.types import Floats, SamplingParams, Tokens
+
+DRAWS = 32
+"""Steps whose random numbers are made in one go."""
+SLACK = 1.25
+"""A line may be this much longer than its rows if that gives every adapter the same number of them."""
+
+
+@dataclass(eq=False)
+class SampleRequest:
+    prompt: Tokens
+    slot: int | None
+    """Bound by the engine when the request's turn comes."""
+    params: SamplingParams
+    n: int
+    prompt_logprobs: bool = False
+    cancelled: bool = False
+    waiting: int = 0
+    """Completions that have not started."""
+    scores: Floats | None = None
+    """[len(prompt)] if asked for."""
+    rows: list[Completion] = field(default_factory=list["Completion"], repr=False)
+
+    @property
+    def done(self) -> bool:
+        return self.waiting == 0 and all(row.stop_reason is not None for row in self.rows)
+
+
+@dataclass(eq=False)
+class Completion:
+    """A row while it grows."""
+
+    request: SampleRequest
+    budget: int
+    key: int
+    stop_tokens: frozenset[int]
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    stop_reason: str | None = None
+    bank: Bank | None = None
+    place: int = 0
+    """Its slot in the bank."""
+
+    @property
+    def ended(self) -> bool:
+        return self.stop_reason is not None or self.request.cancelled
+
+    @property
+    def position(self) -> int:
+        """Of its newest token, which the next step reads."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+
+@dataclass
+class Batch:
+    """The running rows, sorted by slot, in a line that may hold filling between and behind them."""
+
+    rows: list[Completion]
+    places: Tensor
+    """int64 [rows]: where they are in the line."""
+    segments: list[Segment]
+    """Of the line, filling included."""
+    newest: Tensor
+    """int64 [line]"""
+    positions: Tensor
+    """int64 [line]"""
+    draws: Tensor
+    """[DRAWS, rows]: the uniform numbers of the coming steps."""
+    choose: Chooser
+    banks: list[BankRows]
+    steps_left: int
+    """Until some row outgrows its bank, or the numbers run out."""
+    step: int = 0
+
+    @classmethod
+    def of(cls, rows: list[Completion], device: torch.device, stackable: Callable[[Sequence[int | None]], bool]) -> Batch:
+        """``stackable``: whether adapters in these slots work as one stack if each has as many rows as the others."""
+
+        def column(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        segments = runs(Segment(row.request.slot, 1, 1) for row in rows)
+        width = max([TILE, *(s.tokens for s in segments)])
+        if len(segments) * width <= SLACK * len(rows) and stackable([s.slot for s in segments]):
+            segments = [Segment(s.slot, width, s.wanted) for s in segments]
+        starts = [sum(s.tokens for s in segments[:i]) for i in range(len(segments))]
+        taken = {s.slot: iter(range(start, start + s.tokens)) for s, start in zip(segments, starts, strict=True)}
+        places = [next(taken[row.request.slot]) for row in rows]
+        line = max(sum(s.tokens for s in segments), TILE) if rows else 0
+        at = column(places)
+        homes: dict[int, tuple[Bank, list[int]]] = {}
+        for i, row in enumerate(rows):
+            assert row.bank is not None
+            homes.setdefault(id(row.bank), (row.bank, []))[1].append(i)
+        banks = []
+        for bank, members in homes.values():
+            slots = [rows[i].place for i in members]
+            in_order = len(homes) == 1 and line == len(rows) and slots == list(range(line))
+            longest = max(rows[i].position for i in members)
+            banks.append(BankRows(bank, None if in_order else column([places[i] for i in members]), column(slots), bank.top, longest))
+        counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])
+        return cls(
+            rows,
+            at,
+            segments,
+            column([0] * line).index_copy_(0, at, column([row.tokens[-1] for row in rows])),
+            column([0] * line).index_copy_(0, at, column([row.position for row in rows])),
+            uniforms(column([row.key for row in rows]).expand(DRAWS, -1), counts),
+            Chooser([row.request.params for row in rows], device),
+            banks,
+            min([DRAWS, *(row.bank.capacity - row.position for row in rows if row.bank)]),
+        )
+
+    def advance(self, tokens: Tensor) -> None:
+        """Take in the tokens [rows] that a step drew."""
+        self.newest = tokens if len(tokens) == len(self.newest) else self.newest.index_copy(0, self.places, tokens)
+        self.positions = self.positions + 1
+        self.steps_left -= 1
+        self.step += 1
