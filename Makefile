@@ -1,7 +1,7 @@
 # make quickstart   install, then watch a rank-1 adapter learn; ARGS="--seed 1" and the like are passed on
 # make test         install, then lint, types and the whole suite
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
-# make bench        one RL step beside TRL + PEFT -> benchmarks/RESULTS.md
+# make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,7 @@ types: install
 	$(BIN)/basedpyright
 
 bench: install
-	$(BIN)/python benchmarks/rl_step.py --write
+	for name in rl_step sample train concurrency toggle long; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done
 
 seeds: install
 	$(BIN)/python recipes/quickstart_seeds.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from conftest import random_model
 from veneer.engine import Base, FullEngine, LocalEngine, LoraEngine
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.flat import Flat, Segment
-from veneer.types import Adapter, Checkpoint, Datum, LoraConfig, SamplingParams, Tokens
+from veneer.types import AdamParams, Adapter, Checkpoint, Datum, LoraConfig, SamplingParams, Tokens
 
 VOCAB = 97
 FREE = SamplingParams(max_tokens=8, stop_token_ids=())
@@ -138,3 +139,80 @@ def target_logprobs(model: hf.PreTrainedModel, row: Datum) -> torch.Tensor:
     """transformers' log-probability of every target [N]."""
     logits = model(input_ids=torch.from_numpy(row.tokens)[None]).logits[0].float()
     return logits.log_softmax(-1)[torch.arange(len(row.targets)), torch.from_numpy(row.targets)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One experiment: an adapter that samples, trains on what it drew, and publishes, ``rounds`` times."""
+
+    name: str
+    rank: int = 4
+    lengths: tuple[int, ...] = (5, 12)
+    budgets: tuple[int, ...] = (7, 4)
+    n: int = 2
+    rounds: int = 2
+    stops: bool = False
+    scored: bool = False
+    temperature: float = 1.0
+    loss: str = "importance_sampling"
+    clip: float = 1.0
+    fails_after: int | None = None
+    """Raise once that many rounds are through."""
+
+    @property
+    def seed(self) -> int:
+        return sum(self.name.encode())
+
+
+async def live(engine: LocalEngine, loop: Loop) -> dict[str, object]:
+    """Run a loop; everything that it was told, by what it is, as bytes or numbers."""
+    told: dict[str, object] = {}
+    engine.create_adapter(loop.name, LoraConfig(rank=loop.rank, alpha=2 * loop.rank, seed=loop.seed))
+    for turn in range(loop.rounds):
+        if turn == loop.fails_after:
+            raise ValueError(f"loop {loop.name} has a bug")
+        asked = []
+        for length, budget in zip(loop.lengths, loop.budgets, strict=True):
+            stop = tuple(range(3, 20)) if loop.stops else ()
+            params = SamplingParams(budget, temperature=loop.temperature, stop_token_ids=stop, seed=loop.seed + turn)
+            ids = prompt(length, loop.seed + turn)
+            asked.append((ids, engine.sample(ids, loop.name, params, loop.n, prompt_logprobs=loop.scored)))
+        data = []
+        for i, (ids, future) in enumerate(asked):
+            for j, sample in enumerate(await future):
+                told[f"{turn} tokens {i} {j}"] = sample.tokens.tolist()
+                told[f"{turn} logprobs {i} {j}"] = sample.logprobs.tobytes()
+                told[f"{turn} prompt_logprobs {i} {j}"] = None if sample.prompt_logprobs is None else sample.prompt_logprobs.tobytes()
+                row = sampled_datum(ids, sample.tokens, sample.logprobs, sample.adapter)
+                data.append(dataclasses.replace(row, advantages=row.advantages * np.float32(1 + i - 0.7 * j)))
+        output = await engine.forward_backward(loop.name, data, loop.loss)
+        told[f"{turn} metrics"] = dict(output.metrics)
+        told |= {f"{turn} trained logprobs {i}": row.tobytes() for i, row in enumerate(output.logprobs_D)}
+        told |= {f"{turn} gradient {name}": g.numpy().tobytes() for name, g in gradients(engine, loop.name).items()}
+        step = AdamParams(learning_rate=2e-2, grad_clip_norm=loop.clip, weight_decay=0.1)
+        told[f"{turn} grad norm"] = (await engine.optim_step(loop.name, step))["grad_norm"]
+        told[f"{turn} digest"] = (await engine.publish(loop.name)).digest
+    state = await engine.save_state(loop.name)
+    return told | {name: array.tobytes() for part in (state.weights, state.optimizer) for name, array in part.items()}
+
+
+def together(engine: LocalEngine, loops: Sequence[Loop]) -> list[dict[str, object] | BaseException]:
+    """Run loops side by side; a loop that fails gives its error."""
+
+    async def all_of_them() -> list[dict[str, object] | BaseException]:
+        return await asyncio.gather(*(live(engine, loop) for loop in loops), return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def differences(found: dict[str, object] | BaseException, wanted: dict[str, object]) -> list[str]:
+    """What is not the same to the last bit, first things first."""
+    assert isinstance(found, dict), found
+    assert list(found) == list(wanted)
+    return [name for name in wanted if found[name] != wanted[name]]
+
+
+def drain(engine: LocalEngine) -> None:
+    """Let the engine come to rest."""
+    for _ in range(3):
+        engine.step()

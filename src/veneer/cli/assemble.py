@@ -54,12 +54,13 @@ class Machine:
         return checkpoint
 
 
-def start(base: str, threads: int, weights: str = "lora", device: str = "auto") -> Machine:
+def start(base: str, threads: int, weights: str = "lora", device: str = "auto", *, gradient_checkpointing: bool = False) -> Machine:
     """Load a base."""
     set_threads(threads)
     loaded = load_base(base, device)
     assert loaded.tokenizer is not None
-    return Machine(LoraEngine(loaded) if weights == "lora" else FullEngine(loaded), Renderer(loaded.tokenizer))
+    engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing) if weights == "lora" else FullEngine(loaded)
+    return Machine(engine, Renderer(loaded.tokenizer))
 
 
 def start_for(adapter: str | None, base: str, threads: int, device: str) -> tuple[Machine, str | None]:
@@ -84,7 +85,7 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
     """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary."""
     started = time.perf_counter()
     dataset = load_env(config.env.name, config.env.args) if config.kind == "rl" else None
-    machine = start(config.base, config.threads, config.weights, config.device)
+    machine = start(config.base, config.threads, config.weights, config.device, gradient_checkpointing=config.gradient_checkpointing)
     init = machine.read(config.init) if config.init else None
     config = config.model_copy(update={"device": machine.engine.base.device.type, "init": pinned(config.init)})
     if init is not None and init.config is not None:  # the adapter brings its own shape

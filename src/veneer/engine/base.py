@@ -90,6 +90,14 @@ class Base(nn.Module):
         return self._any_parameter.device
 
     @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values of one token in all layers."""
+        config = self.model.config.get_text_config()
+        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * self.layers * heads * dim * self.model.dtype.itemsize
+
+    @property
     def head(self) -> nn.Module:
         """The unembedding."""
         head = self.model.get_output_embeddings()

@@ -15,7 +15,7 @@ from veneer.engine.base import Base
 from veneer.engine.full import FullStack
 from veneer.engine.lora import LoraStack
 from veneer.engine.losses import resolve_loss
-from veneer.engine.memory import out_of_memory
+from veneer.engine.memory import out_of_memory, total_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
 from veneer.engine.sampler import Completion, Sampler, SampleRequest
@@ -41,6 +41,8 @@ from veneer.types import (
 
 T = TypeVar("T")
 
+PATIENCE = 600.0
+"""Seconds that a pass may take."""
 ENOUGH_TOKENS = 16
 """A first step on at least this many tokens must reach every target; a row of one token has no gradient for queries and keys."""
 
@@ -63,13 +65,14 @@ class _Slot:
 class LocalEngine:
     """The Engine protocol in this process. ``stack`` decides what an adapter is: low-rank updates or a full copy."""
 
-    def __init__(self, base: Base, stack: LoraStack | FullStack) -> None:
+    def __init__(self, base: Base, stack: LoraStack | FullStack, patience: float = PATIENCE) -> None:
+        """``patience``: seconds after which a pass through the base counts as stuck and is given up."""
         self.base, self._stack = base, stack
         self._slots: dict[str, _Slot] = {}
         self._queue: list[Request] = []
-        self._sampler = Sampler(base, stack)
+        self._sampler = Sampler(base, stack, patience)
         self._sampling: dict[SampleRequest, Request] = {}
-        self._trainer = Trainer(base, stack)
+        self._trainer = Trainer(base, stack, patience)
 
     @property
     def base_id(self) -> str:
@@ -170,6 +173,13 @@ class LocalEngine:
             )
         if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
             raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
+        length = min(len(prompt) + params.max_tokens, self.context_length)
+        need, there = self.base.cache_bytes * length, total_memory(self.base.device)
+        if need > there:
+            raise DataError(
+                f"{length:,} tokens of prompt and completion need {need / 2**30:.1f} GiB of cache; the machine has "
+                f"{there / 2**30:.1f} GiB of memory. Lower max_tokens"
+            )
         if params.stop and self.base.tokenizer is None:
             raise RequestError("stop texts need the base's tokenizer, and this base was made without one; use stop_token_ids")
         if n < 1 or params.max_tokens < 0:

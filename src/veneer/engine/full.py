@@ -21,6 +21,7 @@ class FullStack:
     """Every fully fine-tuned copy of an engine. The base itself stays frozen and is what slot None runs."""
 
     mixes_slots = False
+    gradient_checkpointing = False
 
     def __init__(self, base: Base) -> None:
         self.base = base

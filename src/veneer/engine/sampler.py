@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from veneer.engine.batch import Batch, Completion, SampleRequest
 from veneer.engine.cache import AHEAD, Bank, Fill, StepLayout, capacity_for
 from veneer.engine.draws import Chooser, sequence_key, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
+from veneer.engine.lanes import Lanes
 from veneer.engine.logprobs import target_logprobs
 from veneer.engine.memory import out_of_memory
 
@@ -33,6 +35,8 @@ PROMPT_TOKENS = {"cpu": 1024, "cuda": 16384}
 IDLE = 8
 """Ended rows stay in the batch until they are one in this many, or until others wait for their place."""
 
+BURST = 8
+"""Tokens a row may draw before the engine looks at its queue again."""
 CALM = 64
 """After a failed pass the number of rows is halved; after this many that went well it is doubled."""
 
@@ -41,6 +45,7 @@ class Weights(Protocol):
     """What runs the model: ``LoraStack`` or ``FullStack``."""
 
     mixes_slots: bool
+    gradient_checkpointing: bool
 
     def stackable(self, slots: Sequence[int | None]) -> bool: ...
 
@@ -52,8 +57,10 @@ class Weights(Protocol):
 class Sampler:
     """Requests in, completions out, a token per row and step."""
 
-    def __init__(self, base: Base, weights: Weights) -> None:
+    def __init__(self, base: Base, weights: Weights, patience: float) -> None:
+        """``patience``: seconds after which a pass counts as stuck."""
         self.base, self.weights = base, weights
+        self._lanes: Lanes[list[SampleRequest]] = Lanes(patience)
         self.waiting: deque[SampleRequest] = deque()
         self.most_rows = self.limit = ROWS[base.device.type]
         self.banks: dict[int, Bank] = {}
@@ -84,15 +91,28 @@ class Sampler:
     # ------------------------------------------------ a step
 
     def step(self) -> list[SampleRequest]:
-        """Draw one token for every running row, after letting in what fits; returns the requests that are done."""
+        """Let in what fits and draw tokens for all running rows, until a request is done or ``BURST`` tokens a row; returns the
+        requests that are done."""
         started = self._rearrange()
-        rows, n = self.batch.rows, len(self.batch.rows)
-        if not n and not started:
+        if not self.batch.rows and not started:
             return []
         try:
-            tokens, logprobs = self._pass(started)
+            return self._lanes.run_one(partial(self._burst, started), torch.get_num_threads())
         except Exception as error:
             return self._retreat(started, error)
+
+    def _burst(self, started: list[tuple[Completion, list[Completion]]]) -> list[SampleRequest]:
+        done = self._draw(started)
+        for _ in range(BURST - 1):
+            if done or self._stale or self.batch.steps_left <= 0:
+                break
+            done = self._draw([])
+        return done
+
+    def _draw(self, started: list[tuple[Completion, list[Completion]]]) -> list[SampleRequest]:
+        """One pass, and what it drew; returns the requests that are done by it."""
+        rows = self.batch.rows
+        tokens, logprobs = self._pass(started)
         self._calm += 1
         if self._calm % CALM == 0:
             self.limit = min(self.most_rows, 2 * self.limit)

@@ -7,9 +7,7 @@ units. So a request's numbers do not depend on what else is trained, or on how m
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.engine.base import Base, Head
+from veneer.engine.lanes import Lanes, Stuck
 from veneer.engine.logprobs import target_logprobs
 from veneer.engine.losses import LossInputs, drift, resolve_loss
 from veneer.engine.memory import free_memory, out_of_memory
@@ -59,23 +58,22 @@ class Trainer:
     """Runs passes, several side by side on a CPU: one thread each is faster than all threads on one, and gives the same bits
     whatever their number."""
 
-    def __init__(self, base: Base, weights: Weights, *, gradient_checkpointing: bool = False) -> None:
-        self.base, self.weights, self.gradient_checkpointing = base, weights, gradient_checkpointing
-        self._pool: ThreadPoolExecutor | None = None
-        self._lanes = 1
+    def __init__(self, base: Base, weights: Weights, patience: float) -> None:
+        """``patience``: seconds after which a pass counts as stuck."""
+        self.base, self.weights = base, weights
+        self._lanes: Lanes[list[_Result]] = Lanes(patience)
 
     def run(self, requests: Sequence[PassRequest], add_gradient: Callable[[int, Tensor], None]) -> list[Answer]:
         """Answer every request; ``add_gradient(slot, row)`` is called unit by unit, in order. A request with an error may have
         had some of its gradient added."""
         lanes = torch.get_num_threads() if self.base.device.type == "cpu" and self.weights.mixes_slots else 1
-        budget = tokens_per_pass(self.base, self.gradient_checkpointing, lanes)
+        budget = tokens_per_pass(self.base, self.weights.gradient_checkpointing, lanes)
         answers = {id(r): Answer([np.full(len(d.tokens), np.nan, np.float32) for d in r.data]) for r in requests}
         units = [unit for request in requests for unit in cut(request, budget)]
         for backward in (False, True):
             passes = join([u for u in units if u.request.backward == backward], budget, self.weights.mixes_slots)
-            for results in self._side_by_side([partial(self._guarded, group) for group in passes], lanes):
-                for result in results:
-                    self._take(result, answers[id(result.unit.request)], add_gradient)
+            for result in self._run_all(passes, lanes):
+                self._take(result, answers[id(result.unit.request)], add_gradient)
         return [answers[id(request)] for request in requests]
 
     def _take(self, result: _Result, answer: Answer, add_gradient: Callable[[int, Tensor], None]) -> None:
@@ -94,20 +92,17 @@ class Trainer:
                 answer.logprobs_D[member.index][trained] = result.logprobs[at : at + count]
                 at += count
 
-    def _side_by_side(self, jobs: Sequence[Callable[[], list[_Result]]], lanes: int) -> Iterator[list[_Result]]:
-        """Results in order, with at most two jobs a lane under way."""
-        if lanes == 1:
-            yield from (job() for job in jobs)
-            return
-        if self._pool is None or self._lanes != lanes:
-            self._pool, self._lanes = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)), lanes
-        running: deque[Future[list[_Result]]] = deque()
-        for job in jobs:
-            running.append(self._pool.submit(job))
-            if len(running) > 2 * lanes:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    def _run_all(self, passes: Sequence[list[Unit]], lanes: int) -> Iterator[_Result]:
+        """Results in order. The units of a pass that got stuck are tried one by one."""
+        jobs = [partial(self._guarded, group) for group in passes]
+        threads = 1 if self.base.device.type == "cpu" else torch.get_num_threads()
+        for group, results in zip(passes, self._lanes.run(jobs, lanes, threads), strict=True):
+            if not isinstance(results, Stuck):
+                yield from results
+            elif len(group) > 1:
+                yield from self._run_all([[unit] for unit in group], lanes)
+            else:
+                yield _Result(group[0], error=results)
 
     def _guarded(self, units: list[Unit]) -> list[_Result]:
         """Run a pass; where it fails, its units one by one, and a unit that is too large for the memory in halves."""

@@ -105,7 +105,9 @@ class RunConfig(Settings):
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one. Float32 on a CPU, a bfloat16 base with float32 adapters on a GPU."""
     threads: int = Field(default=1, ge=1)
-    """Threads of one matrix product. Results are bit for bit the same only at the same number."""
+    """CPU threads: of each matrix product when sampling, passes side by side when training. nano gives the same bits at any number."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, about a third more time."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     init: str = ""

@@ -1,0 +1,100 @@
+"""Threads for passes: several side by side, and each can be left behind if its pass never returns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from veneer.types import RunError
+
+T = TypeVar("T")
+
+
+class Stuck(RunError):
+    """A pass that did not return in time. Its thread is left to itself; what it may still write to is no longer read."""
+
+
+class Lane:
+    """One thread that runs a job at a time, with ``threads`` threads for each matrix product."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True, name="veneer-lane").start()
+
+    def _work(self) -> None:
+        torch.set_num_threads(self.threads)
+        while True:
+            job, future = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+            del job, future  # what the job held must not outlive it
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+
+class Lanes(Generic[T]):
+    """As many lanes as are asked for. ``patience``: seconds after which a pass counts as stuck."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self._lanes: list[Lane] = []
+
+    def _prepare(self, lanes: int, threads: int) -> None:
+        if self._lanes and self._lanes[0].threads != threads:
+            self._lanes.clear()
+        self._lanes += [Lane(threads) for _ in range(lanes - len(self._lanes))]
+
+    def run_one(self, job: Callable[[], T], threads: int) -> T:
+        """The result of one job.
+
+        Raises:
+            Stuck: it did not return in time.
+        """
+        self._prepare(1, threads)
+        future = self._lanes[0].submit(job)
+        try:
+            return future.result(self.patience)
+        except TimeoutError:
+            if future.done():
+                raise
+            self._lanes[0] = Lane(threads)
+            raise self._stuck() from None
+
+    def _stuck(self) -> Stuck:
+        return Stuck(f"a pass did not return within {self.patience:g} seconds; its thread was left behind")
+
+    def run(self, jobs: Sequence[Callable[[], T]], lanes: int, threads: int) -> Iterator[T | Stuck]:
+        """Results in the order of the jobs."""
+        self._prepare(lanes, threads)
+        idle, running = list(self._lanes[:lanes]), dict[Future[T], tuple[int, Lane]]()
+        waiting, done, shown = list(enumerate(jobs)), dict[int, Future[T] | Stuck](), 0
+        while shown < len(jobs):
+            while waiting and idle:
+                number, job = waiting.pop(0)
+                lane = idle.pop()
+                running[lane.submit(job)] = (number, lane)
+            finished, late = wait(running, self.patience, FIRST_COMPLETED)
+            for future in finished or late:
+                number, lane = running.pop(future)
+                if finished:
+                    done[number] = future
+                    idle.append(lane)
+                else:  # one job a lane, so each of them has been at it for that long
+                    done[number] = self._stuck()
+                    self._lanes[self._lanes.index(lane)] = fresh = Lane(threads)
+                    idle.append(fresh)
+            while shown in done:
+                result = done.pop(shown)
+                shown += 1
+                yield result if isinstance(result, Stuck) else result.result()
