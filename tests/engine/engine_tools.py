@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from veneer.engine.flat import Flat, Segment
 from veneer.types import AdamParams, Adapter, Checkpoint, Datum, LoraConfig, SamplingParams, Tokens
 
 VOCAB = 97
+POISON = 96
 FREE = SamplingParams(max_tokens=8, stop_token_ids=())
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, stop_token_ids=())
 
@@ -216,3 +217,51 @@ def drain(engine: LocalEngine) -> None:
     """Let the engine come to rest."""
     for _ in range(3):
         engine.step()
+
+
+def finish(engine: LocalEngine, futures: list) -> None:
+    """Step until all are answered, but not for ever."""
+    for _ in range(300):
+        if all(future.done() for future in futures):
+            return
+        engine.step()
+    raise AssertionError(f"{sum(not future.done() for future in futures)} requests have no answer after 300 steps")
+
+
+def at_rest(engine: LocalEngine) -> bool:
+    """Nothing is queued, running or kept."""
+    drain(engine)
+    used = {bank.capacity: bank.used for bank in engine._sampler.banks.values()}
+    return not engine._queue and not engine._sampling and engine._sampler.idle and not any(used.values())
+
+
+def break_passes(engine: LocalEngine, breaks: Callable[[object], Exception | None]) -> None:
+    """Passes for which ``breaks`` gives an error fail with it."""
+    stack = engine._stack
+
+    def broken(run):
+        def maybe(flat, *args, **kwargs):
+            error = breaks(flat)
+            if error is not None:
+                raise error
+            return run(flat, *args, **kwargs)
+
+        return maybe
+
+    stack.infer, stack.train = broken(stack.infer), broken(stack.train)
+
+
+def memory_for(tokens: int) -> Callable[[object], Exception | None]:
+    return lambda flat: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate") if len(flat.tokens) > tokens else None
+
+
+def poisoned(flat) -> Exception | None:
+    return ValueError("a kernel choked") if bool((flat.tokens == POISON).any()) else None
+
+
+def clean(length: int, seed: int = 0):
+    """A datum without the poison."""
+    row = datum(length, seed)
+    for array in (row.tokens, row.targets):
+        array[array == POISON] = 4
+    return row

@@ -51,6 +51,10 @@ class Bank:
         nothing is ever a NaN."""
 
     @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for stored in (self.keys, self.values) for t in stored.values())
+
+    @property
     def used(self) -> int:
         return self.slots - len(self.free)
 

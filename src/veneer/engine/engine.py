@@ -391,18 +391,21 @@ class LocalEngine:
         if not passes:
             return
         answers = self._trainer.run([train for _, train in passes], self._add_gradient)
+        spoilt: set[str] = set()
         for (request, train), answer in zip(passes, answers, strict=True):
-            slot = self._slot(request.adapter) if request.adapter is not None and train.backward else None
+            name = request.adapter if train.backward else None
             if answer.error is not None:
-                if slot is not None:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
-                    slot.pending_tokens = 0
-                    self._stack.rows.grads[slot.slot].zero_()
+                spoilt |= {name} if name is not None else set()
                 _fail([request], answer.error)
                 continue
             output = to_output(answer)
-            if slot is not None:
-                slot.pending_tokens += output.metrics["tokens:sum"]
+            if name is not None:
+                self._slot(name).pending_tokens += output.metrics["tokens:sum"]
             request.future.set_result(output)
+        for name in spoilt:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
+            slot = self._slot(name)
+            slot.pending_tokens = 0
+            self._stack.rows.grads[slot.slot].zero_()
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
         self._stack.rows.grads[slot].add_(gradient)

@@ -122,7 +122,8 @@ class Kept:
 
 
 class FusedLayer:
-    def __init__(self, index: int, prefix: str, layer: Any, windows: Sequence[int | None]) -> None:
+    def __init__(self, prefix: str, layer: Any, score: Score) -> None:
+        """``score``: how the layer's own code asks for attention."""
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = Joined([(f"{prefix}.self_attn.{n}", getattr(attention, n)) for n in ("q_proj", "k_proj", "v_proj")])
         self.o = Joined([(f"{prefix}.self_attn.o_proj", attention.o_proj)])
@@ -138,7 +139,7 @@ class FusedLayer:
             q, k = attention.q_norm, attention.k_norm
             weight = torch.cat([q.weight.detach().expand(self.heads, -1), k.weight.detach().expand(self.kv_heads, -1)])
             self.head_norm = Norm(weight, q.variance_epsilon)
-        self.score = Score(index, attention.scaling, windows[index])
+        self.score = score
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, active: Active, *, keep: bool) -> tuple[Tensor, Kept | None]:
         """[line, d] -> [line, d]."""
@@ -216,14 +217,15 @@ class FusedModel:
         if layers is None or not all(_is_of_the_family(layer) for layer in layers):
             return None
         prefix = next(name for name, module in base.model.named_modules() if module is layers)
-        sliding = [kind == "sliding_attention" for kind in getattr(base.model.config, "layer_types", None) or [base.slides] * len(layers)]
-        window = getattr(base.model.config, "sliding_window", None)
-        windows = [window if slides else None for slides in sliding]
         embedding: Any = base.model.get_input_embeddings()
         model = cls(base, embedding.weight.detach(), Norm(body.norm.weight.detach(), body.norm.variance_epsilon))
         with torch.no_grad():
-            wanted = base.hidden(_probe(base))
-            model.layers = [FusedLayer(i, f"{prefix}.{i}", layer, windows) for i, layer in enumerate(layers)]
+            probe = _probe(base)
+            noted = probe.layout = _Noting(probe.layout)
+            wanted = base.hidden(probe)
+            if any(score.softcap is not None for score in noted.scores.values()):
+                return None
+            model.layers = [FusedLayer(f"{prefix}.{i}", layer, noted.scores[i]) for i, layer in enumerate(layers)]
             model.keep_turns()
             found = model.hidden(_probe(base), Active([], []))
         gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9))
@@ -285,6 +287,17 @@ class FusedModel:
                 assert saved is not None
                 assert dx is not None
                 dx = layer.backward(dx, saved, cos, sin, active, input_too=number > 0)
+
+
+class _Noting:
+    """A layout that notes how each layer asks for attention: scale and window are the modules' own."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.scores = layout, dict[int, Score]()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+        self.scores[score.layer] = score
+        return self.layout.attend(q, k, v, score)
 
 
 def _probe(base: Base) -> Flat:

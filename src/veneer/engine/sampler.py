@@ -25,6 +25,7 @@ from veneer.engine.flat import Flat, Segment, filled, runs
 from veneer.engine.lanes import Lanes
 from veneer.engine.logprobs import target_logprobs
 from veneer.engine.memory import out_of_memory
+from veneer.types import RunError
 
 T = TypeVar("T")
 
@@ -35,10 +36,10 @@ PROMPT_TOKENS = {"cpu": 1024, "cuda": 16384}
 IDLE = 8
 """Ended rows stay in the batch until they are one in this many, or until others wait for their place."""
 
+KEPT = 2**28
+"""Bytes of cache that are kept while nothing runs."""
 BURST = 8
 """Tokens a row may draw before the engine looks at its queue again."""
-CALM = 64
-"""After a failed pass the number of rows is halved; after this many that went well it is doubled."""
 
 
 class Weights(Protocol):
@@ -67,7 +68,9 @@ class Sampler:
         self.batch = self._gather([])
         self.failed: list[tuple[SampleRequest, Exception]] = []
         """Requests that cannot be answered, for the engine to take away."""
-        self._calm = 0
+        self._starting: dict[tuple[int | None, bytes], list[Completion]] = {}
+        """Rows that the step at hand lets in, by adapter and prompt."""
+        self._retreats = 0
         self._stale = False
 
     @property
@@ -76,9 +79,6 @@ class Sampler:
 
     def _gather(self, rows: list[Completion]) -> Batch:
         return Batch.of(rows, self.base.device, self.weights.stackable)
-
-    def slots_in_use(self) -> set[int | None]:
-        return {r.slot for r in self.waiting} | {row.request.slot for row in self.batch.rows}
 
     def add(self, request: SampleRequest) -> None:
         request.waiting = request.n
@@ -93,29 +93,33 @@ class Sampler:
     def step(self) -> list[SampleRequest]:
         """Let in what fits and draw tokens for all running rows, until a request is done or ``BURST`` tokens a row; returns the
         requests that are done."""
-        started = self._rearrange()
-        if not self.batch.rows and not started:
+        if self.idle:
+            self.limit = self.most_rows
             return []
+        self._starting = {}
         try:
-            return self._lanes.run_one(partial(self._burst, started), torch.get_num_threads())
+            started = self._rearrange()
+            if not self.batch.rows and not started:
+                return []
+            return self._lanes.run_one(partial(self._burst, started, self._retreats), torch.get_num_threads())
         except Exception as error:
-            return self._retreat(started, error)
+            self._retreat(error)
+            return []
 
-    def _burst(self, started: list[tuple[Completion, list[Completion]]]) -> list[SampleRequest]:
-        done = self._draw(started)
+    def _burst(self, started: list[tuple[Completion, list[Completion]]], retreats: int) -> list[SampleRequest]:
+        done = self._draw(started, retreats)
         for _ in range(BURST - 1):
             if done or self._stale or self.batch.steps_left <= 0:
                 break
-            done = self._draw([])
+            done = self._draw([], retreats)
         return done
 
-    def _draw(self, started: list[tuple[Completion, list[Completion]]]) -> list[SampleRequest]:
+    def _draw(self, started: list[tuple[Completion, list[Completion]]], retreats: int) -> list[SampleRequest]:
         """One pass, and what it drew; returns the requests that are done by it."""
         rows = self.batch.rows
         tokens, logprobs = self._pass(started)
-        self._calm += 1
-        if self._calm % CALM == 0:
-            self.limit = min(self.most_rows, 2 * self.limit)
+        if retreats != self._retreats:
+            raise RunError("this pass was given up")  # its thread was left behind, and its rows have started anew
         fresh = [row for _, group in started for row in group]
         ending: dict[SampleRequest, None] = {row.request: None for row in fresh if not row.budget}
         for row, token, logprob in zip(rows + fresh, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -145,6 +149,8 @@ class Sampler:
             rows = [row for row in rows if not row.ended]
             self._compact(rows)
             self.batch = self._sorted(rows)
+            if not rows and sum(bank.bytes for bank in self.banks.values()) > KEPT:
+                self.banks.clear()
         return self._admit() if self.waiting else []
 
     def _sorted(self, rows: list[Completion]) -> Batch:
@@ -156,7 +162,7 @@ class Sampler:
     def _admit(self) -> list[tuple[Completion, list[Completion]]]:
         """Start rows while there is room. A request whose rows do not all fit waits, unless it never would."""
         device = self.base.device.type
-        starting: dict[tuple[int | None, bytes], list[Completion]] = {}
+        starting = self._starting
         room, prompt_tokens = self.limit - len(self.batch.rows), PROMPT_TOKENS[device]
         running = {row.request.slot for row in self.batch.rows}
         while self.waiting:
@@ -253,7 +259,8 @@ class Sampler:
                 targets = torch.from_numpy(prompt[1:]).to(device)
                 scores = target_logprobs(hidden[at : at + len(targets)], targets, head, at) if len(targets) else hidden.new_empty(0)
                 for row in group:
-                    row.request.scores = np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
+                    if row.request.prompt_logprobs:
+                        row.request.scores = np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
                 at += len(targets)
             last.append(at)
             at += 1
@@ -324,28 +331,27 @@ class Sampler:
 
     # ------------------------------------------------ trouble
 
-    def _retreat(self, started: list[tuple[Completion, list[Completion]]], error: Exception) -> list[SampleRequest]:
+    def _retreat(self, error: Exception) -> None:
         """A pass failed: start its rows anew, half as many at a time; draws do not depend on the company, so nothing is lost but
-        time. The request that fails alone is the one at fault."""
-        rows = self.batch.rows + [row for _, group in started for row in group]
-        requests = list({id(row.request): row.request for row in rows}.values())
-        for row in rows:
-            self._leave(row)
+        time. The request that fails alone is the one at fault; the others may then come back all at once."""
+        fresh = [row for group in self._starting.values() for row in group]
+        rows = [row for row in self.batch.rows if not row.ended] + [row for row in fresh if not row.request.cancelled]
+        requests = list({row.request: None for row in rows}) or [self.waiting[0]]  # no row: the first could not be let in
+        self._retreats += 1
         self.batch = self._gather([])
         self.banks.clear()
-        if len(rows) == 1:
-            requests[0].cancelled = True
+        for request in reversed(requests):
+            if request in self.waiting:
+                self.waiting.remove(request)
+            request.waiting, request.rows = request.n, []
+            self.waiting.appendleft(request)
+        if len(rows) <= 1:
+            self.waiting.popleft()
             self.failed.append((requests[0], error))
-            return []
-        self._calm, self.limit = 0, max(1, min(self.limit, len(rows)) // 2)
+            self.limit = self.most_rows
+            return
+        self.limit = max(1, min(self.limit, len(rows)) // 2)
         if out_of_memory(error):
             warnings.warn(
                 f"out of memory while sampling {len(rows)} rows at once; going on with {self.limit}", RuntimeWarning, stacklevel=2
             )
-        for request in reversed(requests):
-            if request in self.waiting:
-                self.waiting.remove(request)
-            request.waiting = request.n
-            request.rows = []
-            self.waiting.appendleft(request)
-        return []

@@ -26,6 +26,7 @@ from veneer.types import Floats, ForwardBackwardOutput
 
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 32768}
 """At most. On a CPU a pass should stay near the caches: 1,024 tokens were more than twice as fast as 8,192 on the bundled base."""
+LEAST = 256
 SHARE = 0.5
 """Of the free memory, for the activations of the passes that run side by side."""
 
@@ -39,8 +40,8 @@ class Answer:
     error: Exception | None = None
 
 
-def tokens_per_pass(base: Base, gradient_checkpointing: bool, side_by_side: int) -> int:
-    """As many as fit into ``SHARE`` of the free memory, and no more than ``TOKENS_PER_PASS``.
+def tokens_that_fit(base: Base, gradient_checkpointing: bool) -> int:
+    """Whose activations fit into ``SHARE`` of the free memory.
 
     A token keeps, per layer, about four vectors of the model's width, four of its heads' and five of its MLP's; while it is
     computed as much again. With checkpointing a layer keeps one vector, and one layer at a time the rest.
@@ -50,8 +51,7 @@ def tokens_per_pass(base: Base, gradient_checkpointing: bool, side_by_side: int)
     heads: int = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
     layer = 4 * width + 4 * heads + 5 * (getattr(config, "intermediate_size", None) or 4 * width)
     floats = base.layers * width + 2 * layer if gradient_checkpointing else (base.layers + 1) * layer
-    fits = int(SHARE * free_memory(base.device)) // (floats * base.model.dtype.itemsize * side_by_side)
-    return min(TOKENS_PER_PASS[base.device.type], max(256, fits))
+    return max(LEAST, int(SHARE * free_memory(base.device)) // (floats * base.model.dtype.itemsize))
 
 
 class Trainer:
@@ -67,7 +67,9 @@ class Trainer:
         """Answer every request; ``add_gradient(slot, row)`` is called unit by unit, in order. A request with an error may have
         had some of its gradient added."""
         lanes = torch.get_num_threads() if self.base.device.type == "cpu" and self.weights.mixes_slots else 1
-        budget = tokens_per_pass(self.base, self.weights.gradient_checkpointing, lanes)
+        fits = tokens_that_fit(self.base, self.weights.gradient_checkpointing)
+        budget = min(TOKENS_PER_PASS[self.base.device.type], fits)
+        lanes = max(1, min(lanes, fits // budget))
         answers = {id(r): Answer([np.full(len(d.tokens), np.nan, np.float32) for d in r.data]) for r in requests}
         units = [unit for request in requests for unit in cut(request, budget)]
         for backward in (False, True):
