@@ -24,6 +24,9 @@ from veneer.train.report import render_report
 from veneer.train.session import Session, check_made_for, stop_signals
 from veneer.types import AdapterError, Checkpoint, EnvDataset
 
+PATIENCE = 600.0
+"""Seconds that a pass through the base may take."""
+
 
 @dataclass
 class Machine:
@@ -59,7 +62,10 @@ def start(base: str, threads: int, weights: str = "lora", device: str = "auto", 
     set_threads(threads)
     loaded = load_base(base, device)
     assert loaded.tokenizer is not None
-    engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing) if weights == "lora" else FullEngine(loaded)
+    if weights == "lora":
+        engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE)
+    else:
+        engine = FullEngine(loaded, patience=PATIENCE)
     return Machine(engine, Renderer(loaded.tokenizer))
 
 

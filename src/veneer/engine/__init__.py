@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from veneer.engine.base import Base, load_base
-from veneer.engine.engine import PATIENCE, LocalEngine
+from veneer.engine.engine import LocalEngine
 from veneer.engine.full import FullStack
 from veneer.engine.lora import LoraStack
 from veneer.engine.losses import LOSSES
@@ -13,17 +13,17 @@ from veneer.engine.losses import LOSSES
 __all__ = ["LOSSES", "Base", "FullEngine", "LocalEngine", "LoraEngine", "load_base", "set_threads"]
 
 
-def LoraEngine(base: Base, *, gradient_checkpointing: bool = False, patience: float = PATIENCE) -> LocalEngine:
+def LoraEngine(base: Base, *, gradient_checkpointing: bool = False, patience: float | None = None) -> LocalEngine:
     """An engine whose adapters are low-rank updates.
 
     Args:
         gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less memory, more time.
-        patience: seconds after which a pass through the base counts as stuck and is given up.
+        patience: seconds after which a pass through the base counts as stuck and is given up. Every pass then runs on a thread of its own.
     """
     return LocalEngine(base, LoraStack(base, gradient_checkpointing=gradient_checkpointing), patience)
 
 
-def FullEngine(base: Base, *, patience: float = PATIENCE) -> LocalEngine:
+def FullEngine(base: Base, *, patience: float | None = None) -> LocalEngine:
     """An engine whose adapters are full copies of the base's weights: the comparison arm. Use a base of its own."""
     return LocalEngine(base, FullStack(base), patience)
 

@@ -13,6 +13,7 @@ import torch
 from veneer.digest import digest_adapter
 from veneer.engine.base import Base
 from veneer.engine.full import FullStack
+from veneer.engine.lanes import Lanes
 from veneer.engine.lora import LoraStack
 from veneer.engine.losses import resolve_loss
 from veneer.engine.memory import out_of_memory, total_memory
@@ -41,8 +42,6 @@ from veneer.types import (
 
 T = TypeVar("T")
 
-PATIENCE = 600.0
-"""Seconds that a pass may take."""
 ENOUGH_TOKENS = 16
 """A first step on at least this many tokens must reach every target; a row of one token has no gradient for queries and keys."""
 
@@ -65,14 +64,15 @@ class _Slot:
 class LocalEngine:
     """The Engine protocol in this process. ``stack`` decides what an adapter is: low-rank updates or a full copy."""
 
-    def __init__(self, base: Base, stack: LoraStack | FullStack, patience: float = PATIENCE) -> None:
-        """``patience``: seconds after which a pass through the base counts as stuck and is given up."""
+    def __init__(self, base: Base, stack: LoraStack | FullStack, patience: float | None = None) -> None:
+        """``patience``: seconds after which a pass through the base counts as stuck and is given up; None: never."""
         self.base, self._stack = base, stack
         self._slots: dict[str, _Slot] = {}
         self._queue: list[Request] = []
-        self._sampler = Sampler(base, stack, patience)
+        lanes: Lanes[Any] = Lanes(patience)
+        self._sampler = Sampler(base, stack, lanes)
         self._sampling: dict[SampleRequest, Request] = {}
-        self._trainer = Trainer(base, stack, patience)
+        self._trainer = Trainer(base, stack, lanes)
 
     @property
     def base_id(self) -> str:

@@ -44,38 +44,56 @@ class Lane:
 
 
 class Lanes(Generic[T]):
-    """As many lanes as are asked for. ``patience``: seconds after which a pass counts as stuck."""
+    """As many lanes as are asked for.
 
-    def __init__(self, patience: float) -> None:
+    Without ``patience`` a single job runs on the calling thread. With it every job has a thread of its own, and one that has not
+    returned after so many seconds is stuck; the calling thread then keeps one thread for its products, because two pools of
+    threads on the same cores wait for each other.
+    """
+
+    def __init__(self, patience: float | None) -> None:
         self.patience = patience
         self._lanes: list[Lane] = []
+        self._threads = torch.get_num_threads()
+        if patience is not None:
+            torch.set_num_threads(1)
+
+    @property
+    def threads(self) -> int:
+        """That may be used."""
+        return torch.get_num_threads() if self.patience is None else self._threads
 
     def _prepare(self, lanes: int, threads: int) -> None:
         if self._lanes and self._lanes[0].threads != threads:
             self._lanes.clear()
         self._lanes += [Lane(threads) for _ in range(lanes - len(self._lanes))]
 
-    def run_one(self, job: Callable[[], T], threads: int) -> T:
-        """The result of one job.
+    def run_one(self, job: Callable[[], T]) -> T:
+        """The result of one job, which may use all threads.
 
         Raises:
             Stuck: it did not return in time.
         """
-        self._prepare(1, threads)
+        if self.patience is None:
+            return job()
+        self._prepare(1, self.threads)
         future = self._lanes[0].submit(job)
         try:
             return future.result(self.patience)
         except TimeoutError:
             if future.done():
                 raise
-            self._lanes[0] = Lane(threads)
+            self._lanes[0] = Lane(self.threads)
             raise self._stuck() from None
 
     def _stuck(self) -> Stuck:
         return Stuck(f"a pass did not return within {self.patience:g} seconds; its thread was left behind")
 
     def run(self, jobs: Sequence[Callable[[], T]], lanes: int, threads: int) -> Iterator[T | Stuck]:
-        """Results in the order of the jobs."""
+        """Results in the order of the jobs, ``lanes`` of which run side by side with so many threads each."""
+        if self.patience is None and lanes == 1 and threads == self.threads:
+            yield from (job() for job in jobs)
+            return
         self._prepare(lanes, threads)
         idle, running = list(self._lanes[:lanes]), dict[Future[T], tuple[int, Lane]]()
         waiting, done, shown = list(enumerate(jobs)), dict[int, Future[T] | Stuck](), 0

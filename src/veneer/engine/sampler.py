@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -58,10 +58,9 @@ class Weights(Protocol):
 class Sampler:
     """Requests in, completions out, a token per row and step."""
 
-    def __init__(self, base: Base, weights: Weights, patience: float) -> None:
-        """``patience``: seconds after which a pass counts as stuck."""
+    def __init__(self, base: Base, weights: Weights, lanes: Lanes[Any]) -> None:
         self.base, self.weights = base, weights
-        self._lanes: Lanes[list[SampleRequest]] = Lanes(patience)
+        self._lanes: Lanes[list[SampleRequest]] = lanes
         self.waiting: deque[SampleRequest] = deque()
         self.most_rows = self.limit = ROWS[base.device.type]
         self.banks: dict[int, Bank] = {}
@@ -101,7 +100,7 @@ class Sampler:
             started = self._rearrange()
             if not self.batch.rows and not started:
                 return []
-            return self._lanes.run_one(partial(self._burst, started, self._retreats), torch.get_num_threads())
+            return self._lanes.run_one(partial(self._burst, started, self._retreats))
         except Exception as error:
             self._retreat(error)
             return []

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,15 +59,14 @@ class Trainer:
     """Runs passes, several side by side on a CPU: one thread each is faster than all threads on one, and gives the same bits
     whatever their number."""
 
-    def __init__(self, base: Base, weights: Weights, patience: float) -> None:
-        """``patience``: seconds after which a pass counts as stuck."""
+    def __init__(self, base: Base, weights: Weights, lanes: Lanes[Any]) -> None:
         self.base, self.weights = base, weights
-        self._lanes: Lanes[list[_Result]] = Lanes(patience)
+        self._lanes: Lanes[list[_Result]] = lanes
 
     def run(self, requests: Sequence[PassRequest], add_gradient: Callable[[int, Tensor], None]) -> list[Answer]:
         """Answer every request; ``add_gradient(slot, row)`` is called unit by unit, in order. A request with an error may have
         had some of its gradient added."""
-        lanes = torch.get_num_threads() if self.base.device.type == "cpu" and self.weights.mixes_slots else 1
+        lanes = self._lanes.threads if self.base.device.type == "cpu" and self.weights.mixes_slots else 1
         fits = tokens_that_fit(self.base, self.weights.gradient_checkpointing)
         budget = min(TOKENS_PER_PASS[self.base.device.type], fits)
         lanes = max(1, min(lanes, fits // budget))
@@ -97,7 +97,7 @@ class Trainer:
     def _run_all(self, passes: Sequence[list[Unit]], lanes: int) -> Iterator[_Result]:
         """Results in order. The units of a pass that got stuck are tried one by one."""
         jobs = [partial(self._guarded, group) for group in passes]
-        threads = 1 if self.base.device.type == "cpu" else torch.get_num_threads()
+        threads = 1 if self.base.device.type == "cpu" else self._lanes.threads
         for group, results in zip(passes, self._lanes.run(jobs, lanes, threads), strict=True):
             if not isinstance(results, Stuck):
                 yield from results
