@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 import warnings
 
 import numpy as np
@@ -29,7 +31,8 @@ from engine_tools import (
     together,
 )
 
-from veneer.engine import LocalEngine
+from conftest import random_model
+from veneer.engine import Base, LocalEngine, LoraEngine
 from veneer.engine.cache import Bank
 from veneer.types import AdamParams, DataError, LoraConfig, RunError, SamplingParams
 
@@ -346,3 +349,39 @@ def test_many_rounds_leave_nothing_behind() -> None:
         sizes.append(sum(bank.slots for bank in engine._sampler.banks.values()))
     assert sizes[-1] <= 64, "slots for at most the rows that ran together"
     assert len(engine._stack._kept_parts) < 10
+
+
+@pytest.mark.parametrize("verb", ["sample", "train"])
+def test_a_pass_that_never_returns_is_left_behind_alone(verb: str) -> None:
+    """A stuck kernel must not take the other experiments down with it: its request fails, the others are answered."""
+    engine, calm = (LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=patience) for patience in (0.5, None))
+    for e in (engine, calm):
+        for name in "ab":
+            e.create_adapter(name, LoraConfig(rank=2))
+    bad = 96
+    method = "infer" if verb == "sample" else "train"
+    run = getattr(engine._stack, method)
+
+    def stuck(flat, *args, **kwargs):
+        if bad in flat.tokens:
+            time.sleep(4)
+        return run(flat, *args, **kwargs)
+
+    setattr(engine._stack, method, stuck)
+    ids, stuck_ids = np.arange(5, 15), np.array([5, bad, 7])
+
+    def ask(e: LocalEngine, name: str, tokens: np.ndarray):
+        if verb == "sample":
+            return e.sample(tokens, name, SamplingParams(max_tokens=2, temperature=0.0, stop_token_ids=()))
+        row = datum(len(tokens))
+        return e.forward_backward(name, [dataclasses.replace(row, tokens=tokens)], "cross_entropy")
+
+    lost, kept, alone = ask(engine, "a", stuck_ids), ask(engine, "b", ids), ask(calm, "b", ids)
+    with pytest.raises(RunError, match="did not return"):
+        lost.result()
+    found, wanted = kept.result(), alone.result()
+    if verb == "sample":
+        assert found[0].tokens.tolist() == wanted[0].tokens.tolist()
+        assert np.array_equal(found[0].logprobs, wanted[0].logprobs)
+    else:
+        assert found.metrics == wanted.metrics
