@@ -71,7 +71,7 @@ def nano() -> LocalEngine:
     return LoraEngine(load_base("nano", "cpu"))
 
 
-def compare(make: Callable[[], LocalEngine], loops: tuple[Loop, ...]) -> None:
+def expect_the_same_alone(make: Callable[[], LocalEngine], loops: tuple[Loop, ...]) -> None:
     """Every loop beside the others gives what it gives on an engine of its own."""
     found = together(make(), loops)
     for loop, told in zip(loops, found, strict=True):
@@ -85,18 +85,18 @@ def compare(make: Callable[[], LocalEngine], loops: tuple[Loop, ...]) -> None:
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma2", "gpt_neox", "phi"])
 def test_loops_in_company_have_the_bits_they_have_alone(architecture: str, ranks: str) -> None:
     """A result that somebody else's run can change is a result that nobody can reproduce."""
-    compare(lambda: engine_of(architecture), EQUAL if ranks == "equal" else MIXED)
+    expect_the_same_alone(lambda: engine_of(architecture), EQUAL if ranks == "equal" else MIXED)
 
 
 @pytest.mark.parametrize("kind", ["odd", "one-kv-head"])
 def test_loops_on_odd_models_have_the_bits_they_have_alone(kind: str) -> None:
     """Widths that are no multiple of eight, and one product where others have a batch, take other kernels."""
-    compare(odd_widths if kind == "odd" else lambda: engine_of(kind), MIXED)
+    expect_the_same_alone(odd_widths if kind == "odd" else lambda: engine_of(kind), MIXED)
 
 
 def test_long_loops_on_the_bundled_base_have_the_bits_they_have_alone() -> None:
     """Rows past 256 positions, and rows that move from one bank to the next, at the real widths."""
-    compare(nano, LONG)
+    expect_the_same_alone(nano, LONG)
 
 
 def test_ten_equal_loops_on_the_bundled_base_have_the_bits_they_have_alone() -> None:
