@@ -89,7 +89,7 @@ def logits_of(engine: LocalEngine, slot: int | None, ids: torch.Tensor, *, publi
     """All logits [rows, columns, vocab] of ids [rows, columns] under the published or the training weights of a slot."""
     device, (rows, columns) = engine.base.device, ids.shape
     places = torch.arange(ids.numel(), device=device)
-    layout = Ragged([Row(i * columns, columns) for i in range(rows)], device, engine.base.slides)
+    layout = Ragged([Row(i * columns, columns) for i in range(rows)], device, engine.base.window)
     count = [Segment(slot, ids.numel(), ids.numel())]
     flat = Flat(ids.reshape(-1).to(device), places % columns, layout, count, places)
     return engine._stack.infer(flat, lambda hidden, head: head(hidden, 0), published=published).view(rows, columns, -1)

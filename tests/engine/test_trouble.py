@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 import warnings
 
@@ -349,6 +350,24 @@ def test_many_rounds_leave_nothing_behind() -> None:
         sizes.append(sum(bank.slots for bank in engine._sampler.banks.values()))
     assert sizes[-1] <= 64, "slots for at most the rows that ran together"
     assert len(engine._stack._kept_parts) < 10
+
+
+def test_rounds_of_sampling_and_training_start_no_new_threads() -> None:
+    """Sampling may use two threads where training passes use one each: a thread left over from every change would pile up for days."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=60)
+        engine.create_adapter("a", LoraConfig(rank=2))
+        counts = []
+        for _ in range(4):
+            engine.sample(prompt(5), "a", FREE).result()
+            engine.forward_backward("a", [datum(9), datum(7)], "cross_entropy").result()
+            counts.append(sum(thread.name == "veneer-lane" for thread in threading.enumerate()))
+        assert counts[0] > 0
+        assert len(set(counts)) == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("verb", ["sample", "train"])

@@ -108,7 +108,7 @@ class _Block:
     mask: Tensor | None
     """bool [rows, 1, queries, keys]; None: causal, no prefix."""
     distance: Tensor | None
-    """Positions from key to query, int32 [rows, 1, queries, keys]; None where the model has no sliding windows."""
+    """Positions from key to query, int32 [rows, 1, queries, keys]; None where no window is shorter than the rows."""
     windows: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def seen(self, window: int | None) -> Tensor | None:
@@ -124,8 +124,8 @@ class _Block:
 class Ragged:
     """Rows of any lengths that attend causally, each to itself and its prefix."""
 
-    def __init__(self, rows: Sequence[Row], device: torch.device, slides: bool) -> None:
-        """``slides``: some layer has a window. Rows with prefixes are padded to the longest of their block, and so should be blocks
+    def __init__(self, rows: Sequence[Row], device: torch.device, window: int | None) -> None:
+        """``window``: of the layers that have one. Rows with prefixes are padded to the longest of their block, and so should be blocks
         that always run together."""
         self.blocks: list[_Block] = []
         self.attended = 0
@@ -136,7 +136,7 @@ class Ragged:
             by_width.setdefault((row.prefix_length > 0, padded(row.length)), []).append(row)
         groups = [sorted(group, key=lambda row: row.start) for group in by_width.values()]
         for group in groups:
-            block, place = _block(group, device, slides)
+            block, place = _block(group, device, window)
             self.blocks.append(block)
             places.append(place + self.attended)
             self.attended += block.rows * place.shape[1]
@@ -176,7 +176,7 @@ def _rows(t: Tensor, places: Tensor | slice, rows: int) -> Tensor:
     return picked.reshape(rows, -1, *t.shape[1:]).transpose(1, 2)
 
 
-def _block(group: list[Row], device: torch.device, slides: bool) -> tuple[_Block, np.ndarray]:
+def _block(group: list[Row], device: torch.device, window: int | None) -> tuple[_Block, np.ndarray]:
     """A block, and [rows, queries] where each of its outputs will lie."""
     start, length, prefix_start, prefix = (
         np.array([getattr(row, name) for row in group])[:, None] for name in ("start", "length", "prefix_start", "prefix_length")
@@ -190,7 +190,7 @@ def _block(group: list[Row], device: torch.device, slides: bool) -> tuple[_Block
         before = np.broadcast_to((j < prefix)[:, None, :], (len(group), len(i), len(j)))
         mask = torch.from_numpy(np.concatenate([before, own], axis=2)[:, None]).to(device)
     distance = None
-    if slides:
+    if window is not None and keys.shape[1] > window:
         at, key_at = prefix + i, np.concatenate([np.broadcast_to(j, (len(group), len(j))), prefix + i], axis=1)
         distance = torch.from_numpy((at[:, :, None] - key_at[:, None, :]).astype(np.int32)[:, None]).to(device)
     place = np.arange(len(group) * len(i)).reshape(len(group), len(i))

@@ -72,7 +72,7 @@ class Base(nn.Module):
         self.vocab_size: int = config.vocab_size
         self.context_length: int = getattr(config, "max_position_embeddings", None) or 2**31
         self.layers: int = config.num_hidden_layers
-        self.slides = getattr(config, "sliding_window", None) is not None
+        self.window: int | None = getattr(config, "sliding_window", None)
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -154,7 +154,7 @@ class Base(nn.Module):
         length = min(PROBE, self.context_length)
         ids = torch.arange(length, device=self.device) * 7 % self.vocab_size
         wanted = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
-        layout = Ragged([Row(0, length)], self.device, self.slides)
+        layout = Ragged([Row(0, length)], self.device, self.window)
         flat = Flat(ids, torch.arange(length, device=self.device), layout, [], torch.arange(length, device=self.device))
         try:
             self.model.set_attn_implementation(IMPLEMENTATION)

@@ -319,7 +319,7 @@ class LocalEngine:
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), barrier=run, changes_samples=changes_samples))
 
     def step(self) -> int:
-        """Run the barriers, optimizer steps and training passes that are due, and draw one token for every running completion."""
+        """Run the barriers, optimizer steps and training passes that are due, and draw up to eight tokens for every running completion."""
         now, self._queue = plan(self._queue, {request.adapter for request in self._sampling.values()})
         self._run_barriers([r for r in now if r.sample is None and r.train is None])
         passes = [r for r in now if (r.sample is not None or r.train is not None) and self._bind(r)]

@@ -303,7 +303,7 @@ class _Noting:
 def _probe(base: Base) -> Flat:
     length = min(PROBE, base.context_length)
     places = torch.arange(length, device=base.device)
-    return Flat(places * 5 % base.vocab_size, places, Ragged([Row(0, length)], base.device, base.slides), [], places)
+    return Flat(places * 5 % base.vocab_size, places, Ragged([Row(0, length)], base.device, base.window), [], places)
 
 
 def _is_of_the_family(layer: nn.Module) -> bool:

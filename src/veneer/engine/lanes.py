@@ -53,7 +53,8 @@ class Lanes(Generic[T]):
 
     def __init__(self, patience: float | None) -> None:
         self.patience = patience
-        self._lanes: list[Lane] = []
+        self._lanes: dict[int, list[Lane]] = {}
+        """By their number of threads; kept, as a thread that waits costs nothing and a new one does."""
         self._threads = torch.get_num_threads()
         if patience is not None:
             torch.set_num_threads(1)
@@ -63,10 +64,10 @@ class Lanes(Generic[T]):
         """That may be used."""
         return torch.get_num_threads() if self.patience is None else self._threads
 
-    def _prepare(self, lanes: int, threads: int) -> None:
-        if self._lanes and self._lanes[0].threads != threads:
-            self._lanes.clear()
-        self._lanes += [Lane(threads) for _ in range(lanes - len(self._lanes))]
+    def _lanes_of(self, count: int, threads: int) -> list[Lane]:
+        lanes = self._lanes.setdefault(threads, [])
+        lanes += [Lane(threads) for _ in range(count - len(lanes))]
+        return lanes
 
     def run_one(self, job: Callable[[], T]) -> T:
         """The result of one job, which may use all threads.
@@ -76,14 +77,14 @@ class Lanes(Generic[T]):
         """
         if self.patience is None:
             return job()
-        self._prepare(1, self.threads)
-        future = self._lanes[0].submit(job)
+        lanes = self._lanes_of(1, self.threads)
+        future = lanes[0].submit(job)
         try:
             return future.result(self.patience)
         except TimeoutError:
             if future.done():
                 raise
-            self._lanes[0] = Lane(self.threads)
+            lanes[0] = Lane(self.threads)
             raise self._stuck() from None
 
     def _stuck(self) -> Stuck:
@@ -94,8 +95,8 @@ class Lanes(Generic[T]):
         if self.patience is None and lanes == 1 and threads == self.threads:
             yield from (job() for job in jobs)
             return
-        self._prepare(lanes, threads)
-        idle, running = list(self._lanes[:lanes]), dict[Future[T], tuple[int, Lane]]()
+        mine = self._lanes_of(lanes, threads)
+        idle, running = mine[:lanes], dict[Future[T], tuple[int, Lane]]()
         waiting, done, shown = list(enumerate(jobs)), dict[int, Future[T] | Stuck](), 0
         while shown < len(jobs):
             while waiting and idle:
@@ -110,7 +111,7 @@ class Lanes(Generic[T]):
                     idle.append(lane)
                 else:  # one job a lane, so each of them has been at it for that long
                     done[number] = self._stuck()
-                    self._lanes[self._lanes.index(lane)] = fresh = Lane(threads)
+                    mine[mine.index(lane)] = fresh = Lane(threads)
                     idle.append(fresh)
             while shown in done:
                 result = done.pop(shown)

@@ -151,7 +151,7 @@ class _Line:
         self.length += len(tokens)
 
 
-def pack(units: Sequence[Unit], device: torch.device, slides: bool) -> Flat:
+def pack(units: Sequence[Unit], device: torch.device, window: int | None) -> Flat:
     """One pass over units, a segment each, in which every trained position is wanted."""
     line, layout = _Line([], [], []), _Units()
     for unit in units:
@@ -167,7 +167,7 @@ def pack(units: Sequence[Unit], device: torch.device, slides: bool) -> Flat:
                 rows.append(Row(line.length - start, member.stop - first, prefix_start, shared))
                 line.wanted.append(line.length - first + np.flatnonzero(member.datum.mask))
                 line.append(member.datum.tokens[first : member.stop], first)
-        layout.add(start, line.length - start, Ragged(rows, device, slides))
+        layout.add(start, line.length - start, Ragged(rows, device, window))
     return Flat(
         filled(np.concatenate(line.tokens).tolist(), device),
         filled(np.concatenate(line.positions).tolist(), device),

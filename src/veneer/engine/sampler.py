@@ -229,7 +229,7 @@ class Sampler:
         flat = Flat(
             torch.cat([batch.newest, filled(np.concatenate(prompts).tolist(), device, n)]),
             torch.cat([batch.positions, filled([i for line in lines for i in range(line.length)], device, n)]),
-            StepLayout(n, batch.banks, Ragged(lines, device, self.base.slides), fills),
+            StepLayout(n, batch.banks, Ragged(lines, device, self.base.window), fills),
             runs([*batch.segments, filling, *reading]),
             torch.tensor(wanted, device=device),
         )
@@ -335,6 +335,8 @@ class Sampler:
         time. The request that fails alone is the one at fault; the others may then come back all at once."""
         fresh = [row for group in self._starting.values() for row in group]
         rows = [row for row in self.batch.rows if not row.ended] + [row for row in fresh if not row.request.cancelled]
+        if not rows and not self.waiting:
+            raise error
         requests = list({row.request: None for row in rows}) or [self.waiting[0]]  # no row: the first could not be let in
         self._retreats += 1
         self.batch = self._gather([])

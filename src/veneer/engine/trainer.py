@@ -97,7 +97,7 @@ class Trainer:
     def _run_all(self, passes: Sequence[list[Unit]], lanes: int) -> Iterator[_Result]:
         """Results in order. The units of a pass that got stuck are tried one by one."""
         jobs = [partial(self._guarded, group) for group in passes]
-        threads = 1 if self.base.device.type == "cpu" else self._lanes.threads
+        threads = 1 if self.base.device.type == "cpu" and self.weights.mixes_slots else self._lanes.threads
         for group, results in zip(passes, self._lanes.run(jobs, lanes, threads), strict=True):
             if not isinstance(results, Stuck):
                 yield from results
@@ -120,7 +120,7 @@ class Trainer:
         return [result for half in halves for result in self._guarded([half])]
 
     def _pass(self, units: list[Unit]) -> list[_Result]:
-        flat = pack(units, self.base.device, self.base.slides)
+        flat = pack(units, self.base.device, self.base.window)
         results: list[_Result] = []
 
         def finish(hidden: Tensor, head: Head) -> Tensor:

@@ -107,7 +107,7 @@ class RunConfig(Settings):
     threads: int = Field(default=1, ge=1)
     """CPU threads: of each matrix product when sampling, passes side by side when training. nano gives the same bits at any number."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, about a third more time."""
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     init: str = ""
