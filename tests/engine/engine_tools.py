@@ -231,8 +231,8 @@ def finish(engine: LocalEngine, futures: list) -> None:
 def at_rest(engine: LocalEngine) -> bool:
     """Nothing is queued, running or kept."""
     drain(engine)
-    used = {bank.capacity: bank.used for bank in engine._sampler.banks.values()}
-    return not engine._queue and not engine._sampling and engine._sampler.idle and not any(used.values())
+    used = [bank.used for crew in engine._sampler.crews for bank in crew.banks.values()]
+    return not engine._queue and not engine._sampling and engine._sampler.idle and not any(used)
 
 
 def break_passes(engine: LocalEngine, breaks: Callable[[object], Exception | None]) -> None:

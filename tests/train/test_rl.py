@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_helpers import config_of, engine_of, open_session, run_session
@@ -198,8 +199,7 @@ def test_a_sampler_that_ignores_the_adapter_is_caught(tmp_path: Path, monkeypatc
     """(b) The adapter is loaded, named and never applied: the commonest silent failure of LoRA servers."""
     session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
     stack = engine_of(session)._stack
-    parts = stack._parts
-    monkeypatch.setattr(stack, "_parts", lambda slot, count, published: {} if published else parts(slot, count, published))
+    monkeypatch.setattr(stack.thin, "slots", lambda segments, counts: np.full(sum(counts), -1))
     with pytest.raises(AttestationError, match="do not run the same weights"):
         run_session(session)
     assert [m["step"] for m in session.run.metrics()] == [0, 1]

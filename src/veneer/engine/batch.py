@@ -28,6 +28,8 @@ class SampleRequest:
     n: int
     prompt_logprobs: bool = False
     cancelled: bool = False
+    answered: bool = False
+    """It is done and the engine knows; ended rows may still be in the batch."""
     waiting: int = 0
     """Completions that have not started."""
     scores: Floats | None = None
@@ -108,9 +110,8 @@ class Batch:
         banks = []
         for bank, members in homes.values():
             slots = [rows[i].place for i in members]
-            in_order = len(homes) == 1 and line == len(rows) and slots == list(range(line))
             longest = max(rows[i].position for i in members)
-            banks.append(BankRows(bank, None if in_order else column([places[i] for i in members]), column(slots), bank.top, longest))
+            banks.append(BankRows(bank, column([places[i] for i in members]), column(slots), bank.top, longest))
         counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])
         return cls(
             rows,

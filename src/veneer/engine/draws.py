@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from veneer.engine import compiled
 from veneer.types import SamplingParams
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -78,6 +79,8 @@ class Chooser:
             logits = logits / self.temperature
         if self.truncates:
             logits = truncate(logits, self.top_k, self.top_p)
+        if compiled.runs_on(logits):
+            return compiled.choose(logits, uniform if self.greedy is None else torch.where(self.greedy[:, 0], -1.0, uniform))
         logprobs = logits.log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
         total = cumulative[:, -1:]

@@ -12,6 +12,7 @@ import torch
 
 from veneer.digest import digest_adapter
 from veneer.engine.base import Base
+from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.full import FullStack
 from veneer.engine.lanes import Lanes
 from veneer.engine.lora import LoraStack
@@ -19,7 +20,7 @@ from veneer.engine.losses import resolve_loss
 from veneer.engine.memory import out_of_memory, total_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
-from veneer.engine.sampler import Completion, Sampler, SampleRequest
+from veneer.engine.sampler import Sampler
 from veneer.engine.trainer import Trainer, to_output
 from veneer.types import (
     AdamParams,

@@ -39,9 +39,9 @@ class Flat:
     """int64 [n]: the places whose final hidden states are wanted, in the order of the segments."""
 
 
-def filled(values: list[int], device: torch.device, before: int = 0) -> Tensor:
-    """int64 on ``device``, filled up with zeros to a full tile together with the ``before`` tokens ahead of it."""
-    return torch.tensor(values + [0] * (TILE - before - len(values)), dtype=torch.long).to(device)
+def filled(values: list[int], device: torch.device) -> Tensor:
+    """int64 on ``device``, filled up with zeros to a full tile."""
+    return torch.tensor(values + [0] * (TILE - len(values)), dtype=torch.long).to(device)
 
 
 def runs(pieces: Iterable[Segment]) -> list[Segment]:

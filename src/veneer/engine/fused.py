@@ -17,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.engine import compiled, pointwise
 from veneer.engine.attention import Layout, Ragged, Row, Score
 from veneer.engine.base import PROBE, Base
+from veneer.engine.cache import StepLayout
+from veneer.engine.decoding import Steps
 from veneer.engine.flat import Flat
-from veneer.engine.update import Active, add_updates, propagate
+from veneer.engine.thin import RowWise
+from veneer.engine.update import Active, Lows, Updates, propagate
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference to Hugging Face's hidden states, in units of the largest."""
@@ -49,12 +53,12 @@ class Joined:
                 module.bias.data = self.bias[at:stop]
             at = stop
 
-    def forward(self, x: Tensor, active: Active, residual: Tensor | None = None) -> tuple[Tensor, Lows]:
+    def forward(self, x: Tensor, active: Updates, residual: Tensor | None = None) -> tuple[Tensor, Lows]:
         """[line, d_in] -> [line, d_out], plus ``residual``; and what ``backward`` needs."""
         y = torch.mm(x, self.weight) if residual is None else torch.addmm(residual, x, self.weight)
         if self.bias is not None:
             y += self.bias
-        return y, add_updates(x, y, active, self.names[0])
+        return y, active.add(x, y, self.names[0])
 
     def backward(self, x: Tensor, dy: Tensor, lows: Lows, active: Active, *, input_too: bool = True) -> Tensor | None:
         """Gradients of the adapters, and of x if wanted."""
@@ -63,40 +67,19 @@ class Joined:
         return dx
 
 
-Lows = list[Tensor | None]
-"""Of one product: x A^T per segment."""
-
-
 @dataclass
 class Norm:
-    """RMSNorm over the last dimension (https://arxiv.org/abs/1910.07467), rounded where Hugging Face's rounds."""
-
     weight: Tensor
     eps: float
 
-    def __post_init__(self) -> None:
-        self._eps = torch.full((1,), self.eps, device=self.weight.device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and 1 / rms in float32."""
-        wide = x if x.dtype == torch.float32 else x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rms = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        y = wide * rms
-        return (y if y.dtype == x.dtype else y.to(x.dtype)).mul_(self.weight), rms
+@dataclass
+class HeadNorm:
+    """Of queries and keys, where a model has one."""
 
-    def backward(self, x: Tensor, rms: Tensor, dy: Tensor) -> Tensor:
-        """dx = rms (g - xhat mean(g xhat)) with g = dy w and xhat = x rms, in float32."""
-        xhat = x.float() * rms
-        g = dy * self.weight if dy.dtype == torch.float32 else (dy * self.weight).float()
-        inner = (g * xhat).sum(-1, keepdim=True).div_(x.shape[-1])
-        return g.addcmul_(xhat, inner, value=-1).mul_(rms).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (https://arxiv.org/abs/2104.09864) in Hugging Face's half-split order. x [line, heads, dim];
-    cos, sin [line, 1, dim], sin with the sign of the half that it multiplies. The inverse is the rotation by -sin."""
-    return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin)
+    weight: Tensor | None
+    """[heads, dim], queries' heads first."""
+    eps: float
 
 
 @dataclass
@@ -106,7 +89,7 @@ class Kept:
     x: Tensor
     rms1: Tensor
     qkv_lows: Lows
-    qk: Tensor
+    qkv: Tensor
     """Queries and keys before their norms and rotation."""
     qk_rms: Tensor | None
     leaves: tuple[Tensor, Tensor, Tensor]
@@ -134,65 +117,55 @@ class FusedLayer:
         )
         self.dim: int = attention.head_dim
         self.heads, self.kv_heads = (m.out_features // self.dim for m in (attention.q_proj, attention.k_proj))
-        self.head_norm: Norm | None = None
+        self.head_norm = HeadNorm(None, 0)
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm, attention.k_norm
             weight = torch.cat([q.weight.detach().expand(self.heads, -1), k.weight.detach().expand(self.kv_heads, -1)])
-            self.head_norm = Norm(weight, q.variance_epsilon)
+            self.head_norm = HeadNorm(weight, q.variance_epsilon)
         self.score = score
+        self.ops = compiled if compiled.runs_on(self.qkv.weight) else pointwise
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, active: Active, *, keep: bool) -> tuple[Tensor, Kept | None]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, active: Updates, *, keep: bool) -> tuple[Tensor, Kept | None]:
         """[line, d] -> [line, d]."""
-        normed, rms1 = self.norm1.forward(x)
+        ops = self.ops
+        normed, rms1 = ops.norm(x, self.norm1.weight, self.norm1.eps)
         qkv, qkv_lows = self.qkv.forward(normed, active)
-        heads = qkv.view(len(x), -1, self.dim)
-        qk, v = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
-        plain, qk_rms = (qk, None) if self.head_norm is None else self.head_norm.forward(qk)
-        turned = rotate(plain, cos, sin)
-        leaves = (turned[:, : self.heads], turned[:, self.heads :], v)
+        turned, qk_rms = ops.turn(qkv, self.head_norm.weight, self.head_norm.eps, cos, sin, self.heads + self.kv_heads)
+        q, k, v = turned[:, : self.heads], turned[:, self.heads :], qkv.view(len(x), -1, self.dim)[:, self.heads + self.kv_heads :]
+        leaves = (q, k, v)
         if keep:
             with torch.enable_grad():
-                leaves = (leaves[0].detach().requires_grad_(), leaves[1].detach().requires_grad_(), v.detach().requires_grad_())
+                leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
                 attended = layout.attend(*leaves, self.score).reshape(len(x), -1)
         else:
-            attended = layout.attend(*leaves, self.score).reshape(len(x), -1)
+            attended = layout.attend(q, k, v, self.score).reshape(len(x), -1)
         middle, o_lows = self.o.forward(attended.detach(), active, residual=x)
-        normed2, rms2 = self.norm2.forward(middle)
+        normed2, rms2 = ops.norm(middle, self.norm2.weight, self.norm2.eps)
         gate_up, gate_up_lows = self.gate_up.forward(normed2, active)
-        width = gate_up.shape[1] // 2
-        gate, up = gate_up[:, :width], gate_up[:, width:]
-        act = F.silu(gate).mul_(up)
+        act = ops.swiglu(gate_up)
         y, down_lows = self.down.forward(act, active, residual=middle)
         if not keep:
             return y, None
-        return y, Kept(x, rms1, qkv_lows, qk, qk_rms, leaves, attended, o_lows, middle, rms2, gate_up_lows, gate_up, act, down_lows)
+        return y, Kept(x, rms1, qkv_lows, qkv, qk_rms, leaves, attended, o_lows, middle, rms2, gate_up_lows, gate_up, act, down_lows)
 
     def backward(self, dy: Tensor, kept: Kept, cos: Tensor, sin: Tensor, active: Active, *, input_too: bool) -> Tensor | None:
         """Gradients of the layer's adapters, and of its input if wanted."""
+        ops, norm1, norm2 = self.ops, self.norm1, self.norm2
         d_act = self.down.backward(kept.act, dy, kept.down_lows, active)
         assert d_act is not None
-        width = d_act.shape[1]
-        gate, up = kept.gate_up[:, :width], kept.gate_up[:, width:]
-        d_gate_up = torch.empty_like(kept.gate_up)
-        torch.mul(d_act, F.silu(gate), out=d_gate_up[:, width:])
-        torch.ops.aten.silu_backward.grad_input(d_act.mul_(up), gate, grad_input=d_gate_up[:, :width])
-        normed2 = (kept.middle.float() * kept.rms2).to(kept.middle.dtype).mul_(self.norm2.weight)
+        d_gate_up = ops.swiglu_backward(kept.gate_up, d_act)
+        normed2 = ops.renorm(kept.middle, kept.rms2, norm2.weight)
         d_normed2 = self.gate_up.backward(normed2, d_gate_up, kept.gate_up_lows, active)
         assert d_normed2 is not None
-        d_middle = self.norm2.backward(kept.middle, kept.rms2, d_normed2).add_(dy)
+        d_middle = ops.norm_backward(kept.middle, kept.rms2, norm2.weight, d_normed2).add_(dy)
         d_attended = self.o.backward(kept.attended.detach(), d_middle, kept.o_lows, active)
         dq, dk, dv = torch.autograd.grad(kept.attended, kept.leaves, d_attended)
-        d_turned = torch.cat([dq, dk], 1)
-        d_qk = rotate(d_turned, cos, -sin)
-        if self.head_norm is not None:
-            assert kept.qk_rms is not None
-            d_qk = self.head_norm.backward(kept.qk, kept.qk_rms, d_qk)
-        d_qkv = torch.cat([d_qk, dv], 1).view(len(dy), -1)
-        normed = (kept.x.float() * kept.rms1).to(kept.x.dtype).mul_(self.norm1.weight)
+        d_qkv = ops.turn_backward(kept.qkv, kept.qk_rms, self.head_norm.weight, cos, sin, dq, dk, dv)
+        normed = ops.renorm(kept.x, kept.rms1, norm1.weight)
         d_normed = self.qkv.backward(normed, d_qkv, kept.qkv_lows, active, input_too=input_too)
         if d_normed is None:
             return None
-        return self.norm1.backward(kept.x, kept.rms1, d_normed).add_(d_middle)
+        return ops.norm_backward(kept.x, kept.rms1, norm1.weight, d_normed).add_(d_middle)
 
 
 @dataclass
@@ -203,6 +176,7 @@ class FusedModel:
     turns: tuple[Tensor, Tensor] | None = None
     """cos and sin by position [context, 1, dim]."""
     layers: list[FusedLayer] = field(default_factory=list[FusedLayer])
+    steps: Steps | None = None
 
     @property
     def products(self) -> list[list[str]]:
@@ -252,15 +226,19 @@ class FusedModel:
         if kind in FIXED_TURNS and self.base.context_length <= LONGEST_TABLE:
             places = torch.arange(self.base.context_length, device=self.base.device)
             self.turns = self._turns(self.embedding[:1], places)
+            if compiled.runs_on(self.embedding):
+                self.steps = Steps(self, self.turns)
 
-    def hidden(self, flat: Flat, active: Active) -> Tensor:
-        """[n, d]: the final hidden states, normed, at the wanted places."""
+    def hidden(self, flat: Flat, updates: Updates) -> Tensor:
+        """[n, d]: the final hidden states, normed, at the wanted places. Those of a decoding step are good until the next one."""
+        if self.steps is not None and isinstance(flat.layout, StepLayout) and isinstance(updates, RowWise):
+            return self.steps.hidden(flat, flat.layout, updates)
         x, cos, sin = self._start(flat)
         for layer in self.layers:
-            x, _ = layer.forward(x, cos, sin, flat.layout, active, keep=False)
+            x, _ = layer.forward(x, cos, sin, flat.layout, updates, keep=False)
         if len(flat.wanted) < len(x):
             x = x.index_select(0, flat.wanted)
-        return self.norm.forward(x)[0]
+        return self.layers[0].ops.norm(x, self.norm.weight, self.norm.eps)[0]
 
     def train(self, flat: Flat, active: Active, finish: Callable[[Tensor], Tensor], gradient_checkpointing: bool) -> None:
         """Run forward, back-propagate the loss that ``finish`` makes of the wanted hidden states, add up the adapters' gradients."""
@@ -272,14 +250,14 @@ class FusedModel:
                 kept.append(x if saved is None else saved)
                 x = y
             last = x[flat.wanted]
-            hidden, rms = self.norm.forward(last)
+            hidden, rms = self.layers[0].ops.norm(last, self.norm.weight, self.norm.eps)
         leaf = hidden.requires_grad_()
         with torch.enable_grad():
             loss = finish(leaf)
         loss.backward()
         assert leaf.grad is not None
         with torch.no_grad():
-            dx = torch.zeros_like(x).index_add_(0, flat.wanted, self.norm.backward(last, rms, leaf.grad))
+            dx = torch.zeros_like(x).index_add_(0, flat.wanted, self.layers[0].ops.norm_backward(last, rms, self.norm.weight, leaf.grad))
             for number in reversed(range(len(self.layers))):
                 saved, layer = kept.pop(), self.layers[number]
                 if isinstance(saved, Tensor):

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from veneer.engine import compiled
 from veneer.engine.base import Base, Head, PlainHead
 from veneer.engine.flat import TILE, Flat
 from veneer.engine.fused import FusedModel
 from veneer.engine.rows import Rows
-from veneer.engine.update import Active, Adapted, Output, Part
+from veneer.engine.thin import RowWise, ThinAdapters
+from veneer.engine.update import Active, Adapted, Output, Part, Updates
 from veneer.types import AdapterError, LoraConfig
 
 T = TypeVar("T")
@@ -106,6 +108,9 @@ class LoraStack:
         joined = {name for names in self.products for name in names}
         self.products += [[name] for name in self.linears if name not in joined]
         self.head_name = next(name for name, linear in self.linears.items() if linear is base.head)
+        self.thin: ThinAdapters | None = None
+        if compiled.runs_on(next(base.model.parameters())):
+            self.thin = ThinAdapters(self.products, {name: linear.out_features for name, linear in self.linears.items()})
         self._kept_parts: dict[tuple[int, int, bool], dict[str, Part]] = {}
         self._stackable: dict[tuple[int | None, ...], bool] = {}
         self._lane = threading.local()
@@ -116,6 +121,11 @@ class LoraStack:
             base.model.get_input_embeddings().register_forward_hook(self._start_gradient)
             if gradient_checkpointing:
                 _checkpoint_layers(base)
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether two decoding steps run side by side without waiting for the interpreter most of the time."""
+        return self.fused is not None and self.fused.steps is not None
 
     # ------------------------------------------------ slots
 
@@ -134,6 +144,8 @@ class LoraStack:
         slot = self.rows.claim(size)
         self._forget()
         self.configs[slot], self.layouts[slot] = config, layout
+        if self.thin is not None:
+            self.thin.put(slot, config, layout)
         generator = torch.Generator().manual_seed(config.seed % 2**63)
         for name, (a, _) in self.views(slot, self.rows.training).items():
             bound = 1 / math.sqrt(self.linears[name].in_features)
@@ -185,7 +197,8 @@ class LoraStack:
         """Whether these adapters, each with as many rows, are one batched product: neighbours of one shape, and enough of them."""
         key = tuple(slots)
         if key not in self._stackable:
-            self._stackable[key] = len(key) >= STACK and None not in key and self._are_alike([slot for slot in key if slot is not None])
+            enough = self.thin is None and len(key) >= STACK and None not in key
+            self._stackable[key] = enough and self._are_alike([slot for slot in key if slot is not None])
         return self._stackable[key]
 
     def _are_alike(self, slots: Sequence[int]) -> bool:
@@ -196,13 +209,13 @@ class LoraStack:
     @torch.no_grad()
     def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
         """``finish`` of the wanted hidden states [n, d] and the head, with the published or the training rows, no gradient."""
-        active = self._active(flat, published)
+        updates = self._updates(flat, published, [s.tokens for s in flat.segments])
         if self.fused is not None:
-            hidden = self.fused.hidden(flat, active)
+            hidden = self.fused.hidden(flat, updates)
         else:
-            with self._running(active):
+            with self._running(updates):
                 hidden = self.base.hidden(flat)
-        return finish(hidden, self._head(flat, [self._parts(s.slot, 1, published) for s in flat.segments]))
+        return finish(hidden, self._head(self._updates(flat, published, [s.wanted for s in flat.segments])))
 
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
         """Back-propagate the loss that ``finish`` returns. Per segment its gradient, shaped as the slot's row."""
@@ -212,7 +225,7 @@ class LoraStack:
             for s, g in zip(flat.segments, grads, strict=True)
         ]
         active = Active([s.tokens for s in flat.segments], parts)
-        head = self._head(flat, parts)
+        head = self._head(Active([s.wanted for s in flat.segments], parts))
         if self.fused is not None:
             self.fused.train(flat, active, lambda hidden: finish(hidden, head), self.gradient_checkpointing)
             return grads
@@ -222,11 +235,15 @@ class LoraStack:
             loss.backward()
         return grads
 
-    def _active(self, flat: Flat, published: bool) -> Active:
-        tokens, slots = [s.tokens for s in flat.segments], [s.slot for s in flat.segments]
-        if len(set(tokens)) == 1 and tokens[0] >= TILE and sum(tokens) == len(flat.tokens) and self.stackable(slots):
+    def _updates(self, flat: Flat, published: bool, counts: Sequence[int]) -> Updates:
+        """What the segments add to their ``counts`` rows."""
+        slots = [s.slot for s in flat.segments]
+        if published and self.thin is not None:
+            thick = [None if slot is None or self.thin.ranks[slot] else self._parts(slot, 1, published) for slot in slots]
+            return RowWise(self.thin, self.rows.published.numpy(), self.thin.slots(flat.segments, counts), Active(counts, thick))
+        if len(set(counts)) == 1 and counts[0] >= TILE and sum(counts) == len(flat.tokens) and self.stackable(slots):
             return Active([len(flat.tokens)], [self._parts(slots[0], len(slots), published)])
-        return Active(tokens, [self._parts(slot, 1, published) for slot in slots])
+        return Active(counts, [self._parts(slot, 1, published) for slot in slots])
 
     def _parts(self, slot: int | None, count: int, published: bool) -> dict[str, Part] | None:
         """The views of a slot's row, or of ``count`` rows from there on, by product; kept, for a decoding step has no time to
@@ -262,12 +279,12 @@ class LoraStack:
                 parts[names[0]] = Part(wide[..., :at, :], wide, outputs, config.alpha / config.rank, grad_a)
         return parts
 
-    def _head(self, flat: Flat, parts: Sequence[Mapping[str, Part] | None]) -> Head:
-        active = Active([s.wanted for s in flat.segments], parts)
-        return AdaptedHead(self.base, active, self.head_name) if active.touches(self.head_name) else PlainHead(self.base)
+    def _head(self, updates: Updates) -> Head:
+        """``updates`` of the wanted hidden states."""
+        return AdaptedHead(self.base, updates, self.head_name) if updates.touches(self.head_name) else PlainHead(self.base)
 
     @contextmanager
-    def _running(self, active: Active) -> Iterator[None]:
+    def _running(self, active: Updates) -> Iterator[None]:
         """Let the hooks of this thread add ``active``."""
         self._lane.active = active
         try:
@@ -294,7 +311,7 @@ class AdaptedHead:
     """An unembedding that some segment adapts."""
 
     base: Base
-    active: Active
+    active: Updates
     """Cut by wanted hidden states, not by tokens."""
     name: str
     frozen_weight: None = None

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from veneer.engine.base import Base, Head
+from veneer.engine.crew import Weights
 from veneer.engine.lanes import Lanes, Stuck
 from veneer.engine.logprobs import target_logprobs
 from veneer.engine.losses import LossInputs, drift, resolve_loss
 from veneer.engine.memory import free_memory, out_of_memory
 from veneer.engine.packing import PassRequest, Unit, cut, join, owners, pack, trained
-from veneer.engine.sampler import Weights
 from veneer.types import Floats, ForwardBackwardOutput
 
 TOKENS_PER_PASS = {"cpu": 1024, "cuda": 32768}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,27 @@ class Part:
     grad_a: Tensor | None = None
 
 
+class Updates(Protocol):
+    """What a pass adds to the products of the base, each known by the name of its first linear map."""
+
+    def touches(self, name: str) -> bool: ...
+
+    def add(self, x: Tensor, y: Tensor, name: str) -> Lows:
+        """Add to y [line, d_out] in place, from x [line, d_in]; returns what ``propagate`` needs."""
+        ...
+
+    def cut(self, start: int, stop: int) -> Updates:
+        """What is added from place ``start`` to ``stop`` of the line."""
+        ...
+
+
+Lows = Sequence[Tensor | None]
+"""Of one product: x A^T per segment."""
+
+
 @dataclass(frozen=True)
 class Active:
-    """What a pass adds to the base: per segment its tokens and its parts by product (None: the base alone)."""
+    """Updates by segment: its tokens and its parts by product (None: the base alone)."""
 
     tokens: Sequence[int]
     parts: Sequence[Mapping[str, Part] | None]
@@ -51,8 +69,10 @@ class Active:
     def touches(self, name: str) -> bool:
         return any(parts is not None and name in parts for parts in self.parts)
 
+    def add(self, x: Tensor, y: Tensor, name: str) -> Lows:
+        return add_updates(x, y, self, name)
+
     def cut(self, start: int, stop: int) -> Active:
-        """The segments, or their pieces, from place ``start`` to ``stop`` of the line."""
         tokens, at = [], 0
         for count in self.tokens:
             tokens.append(max(0, min(stop, at + count) - max(start, at)))
@@ -144,10 +164,10 @@ class Adapted(torch.autograd.Function):
     """The same as a node of autograd's graph, for linear maps that Hugging Face's module code runs."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, active: Active, name: str) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, active: Updates, name: str) -> Tensor:
         """y [..., d_out], changed in place and so first, as autograd wants it where y is a view; x [..., d_in]."""
         ctx.mark_dirty(y)
-        ctx.lows = add_updates(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), active, name)
+        ctx.lows = active.add(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), name)
         ctx.save_for_backward(x)
         ctx.active, ctx.name = active, name
         return y

@@ -1,0 +1,249 @@
+"""Rows that decode together: their places in the cache, and the passes over them.
+
+Each distinct (adapter, prompt) that starts is read once and shared by its completions; from then on every pass is one token
+of each row. A crew needs nothing of another, so two of them run on two threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.engine.attention import Ragged, Row
+from veneer.engine.base import Base, Head
+from veneer.engine.batch import Batch, Completion, SampleRequest
+from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, StepLayout, capacity_for
+from veneer.engine.draws import Chooser, uniforms
+from veneer.engine.flat import Flat, Segment, filled, runs
+from veneer.engine.logprobs import target_logprobs
+from veneer.types import RunError
+
+T = TypeVar("T")
+
+IDLE = 8
+"""Ended rows stay in the batch until they are one in this many, or until others wait for their place."""
+KEPT = 2**28
+"""Bytes of cache that are kept while nothing runs."""
+BURST = 8
+"""Tokens a row may draw before the engine looks at its queue again."""
+
+
+class Weights(Protocol):
+    """What runs the model: ``LoraStack`` or ``FullStack``."""
+
+    mixes_slots: bool
+    gradient_checkpointing: bool
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether a decoding step leaves the interpreter to others most of the time, so that two of them side by side pay."""
+        ...
+
+    def stackable(self, slots: Sequence[int | None]) -> bool: ...
+
+    def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T: ...
+
+    def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]: ...
+
+
+class Crew:
+    def __init__(self, base: Base, weights: Weights) -> None:
+        self.base, self.weights = base, weights
+        self.banks: dict[int, Bank] = {}
+        self.batch = self._gather([])
+        self.starting: list[list[Completion]] = []
+        """Rows that the next pass lets in, by adapter and prompt."""
+        self.stale = False
+        """A request was cancelled: its rows leave before the next pass."""
+        self.given_up = False
+
+    @property
+    def rows(self) -> list[Completion]:
+        return self.batch.rows + [row for group in self.starting for row in group]
+
+    def _gather(self, rows: list[Completion]) -> Batch:
+        return Batch.of(rows, self.base.device, self.weights.stackable)
+
+    def rearrange(self, awaited: bool) -> None:
+        """Drop ended rows once there are many or their places are ``awaited``, and move rows that outgrow their bank."""
+        rows = self.batch.rows
+        ended = sum(row.ended for row in rows)
+        crowded = ended and (self.stale or awaited or ended * IDLE >= len(rows))
+        self.stale = False
+        if crowded or (rows and self.batch.steps_left <= 0):
+            for row in rows:
+                if row.ended:
+                    self._leave(row)
+            rows = [row for row in rows if not row.ended]
+            self._compact(rows)
+            self.batch = self._sorted(rows)
+            if not rows and sum(bank.bytes for bank in self.banks.values()) > KEPT:
+                self.banks.clear()
+
+    def _sorted(self, rows: list[Completion]) -> Batch:
+        outgrown = [row for row in rows if row.bank is not None and row.position >= row.bank.capacity]
+        self._move(outgrown)
+        order = sorted(rows, key=lambda row: (-1 if row.request.slot is None else row.request.slot, id(row.bank), row.place))
+        return self._gather(order)
+
+    def start(self, rows: list[Completion]) -> None:
+        """Let rows of one adapter and prompt in with the next pass."""
+        self.starting.append(rows)
+        room = min(max(*(row.budget for row in rows), 1), AHEAD)
+        self._settle(rows, capacity_for(len(rows[0].request.prompt) + room))
+
+    # ------------------------------------------------ passes
+
+    def burst(self) -> list[SampleRequest]:
+        """Draw tokens until a request is done, at most ``BURST`` a row; returns the requests that are done."""
+        done: list[SampleRequest] = []
+        for _ in range(BURST):
+            done = self._draw()
+            if done or self.stale or self.batch.steps_left <= 0:
+                break
+        return done
+
+    def _draw(self) -> list[SampleRequest]:
+        """Read the prompts of the rows that start, and draw a token for every row; returns the requests that are done by it."""
+        ending: dict[SampleRequest, None] = {}
+        if self.starting:
+            self.starting.sort(key=lambda group: -1 if group[0].request.slot is None else group[0].request.slot)
+            fresh = [row for group in self.starting for row in group]
+            self._take(fresh, *self._read(self.starting), ending)
+            self.starting = []
+            ending |= {row.request: None for row in fresh if not row.budget}
+            for row in fresh:
+                if row.ended:
+                    self._leave(row)
+            self.batch = self._sorted(self.batch.rows + [row for row in fresh if not row.ended])
+        if self.batch.rows:
+            tokens, logprobs = self._step()
+            self._take(self.batch.rows, tokens, logprobs, ending)
+            self.batch.advance(tokens)
+        return [request for request in ending if request.done and not request.cancelled]
+
+    def _take(self, rows: Sequence[Completion], tokens: Tensor, logprobs: Tensor, ending: dict[SampleRequest, None]) -> None:
+        if self.given_up:
+            raise RunError("this pass was given up")  # its thread was left behind, and its rows have started anew
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not row.ended:
+                self._append(row, token, logprob)
+                if row.stop_reason is not None:
+                    ending[row.request] = None
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        """Run the model on the newest token of every row: tokens and log-probabilities [rows]."""
+        batch = self.batch
+        for bank in batch.banks:
+            bank.begin(batch.positions, batch.step)
+        flat = Flat(batch.newest, batch.positions, StepLayout(batch.banks), batch.segments, batch.places)
+        return self.weights.infer(flat, lambda hidden, head: batch.choose(head(hidden, 0), batch.draws[batch.step]), published=True)
+
+    def _read(self, started: list[list[Completion]]) -> tuple[Tensor, Tensor]:
+        """Run the model on the prompts of the rows that start: their first tokens and log-probabilities [rows]."""
+        device = self.base.device
+        prompts, lines, at = [group[0].request.prompt for group in started], list[Row](), 0
+        for prompt in prompts:
+            lines.append(Row(at, len(prompt)))
+            at += len(prompt)
+        scored = [any(row.request.prompt_logprobs for row in group) for group in started]
+        wanted = [range(0 if all_of_it else len(prompt) - 1, len(prompt)) for prompt, all_of_it in zip(prompts, scored, strict=True)]
+        slots = [group[0].request.slot for group in started]
+        fills = [fill for group, line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
+        flat = Flat(
+            filled(np.concatenate(prompts).tolist(), device),
+            filled([i for line in lines for i in range(line.length)], device),
+            PromptLayout(Ragged(lines, device, self.base.window), fills),
+            runs(Segment(slot, line.length, len(places)) for slot, line, places in zip(slots, lines, wanted, strict=True)),
+            torch.tensor([line.start + i for line, places in zip(lines, wanted, strict=True) for i in places], device=device),
+        )
+        return self.weights.infer(flat, lambda hidden, head: self._start_drawing(hidden, head, started, scored), published=True)
+
+    def _fills(self, group: list[Completion], line: Row) -> list[Fill]:
+        """Where a prompt's keys and values go."""
+        homes: dict[int, tuple[Bank, list[int]]] = {}
+        for row in group:
+            assert row.bank is not None
+            homes.setdefault(id(row.bank), (row.bank, []))[1].append(row.place)
+        return [Fill(line.start, line.length, bank, torch.tensor(places, device=self.base.device)) for bank, places in homes.values()]
+
+    def _start_drawing(self, hidden: Tensor, head: Head, started: list[list[Completion]], scored: list[bool]) -> tuple[Tensor, Tensor]:
+        """Score the prompts that are to be scored, and choose the first tokens of the rows."""
+        device, at, last = self.base.device, 0, list[int]()
+        for group, all_of_it in zip(started, scored, strict=True):
+            prompt = group[0].request.prompt
+            if all_of_it:
+                targets = torch.from_numpy(prompt[1:]).to(device)
+                scores = target_logprobs(hidden[at : at + len(targets)], targets, head, at) if len(targets) else hidden.new_empty(0)
+                for row in group:
+                    if row.request.prompt_logprobs:
+                        row.request.scores = np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
+                at += len(targets)
+            last.append(at)
+            at += 1
+        logits = torch.cat([head(hidden[i : i + 1], i) for i in last]) if any(scored) else head(hidden, 0)
+        fresh = [row for group in started for row in group]
+        source = torch.tensor([i for i, group in enumerate(started) for _ in group], device=device)
+        draws = uniforms(torch.tensor([row.key for row in fresh], device=device), torch.zeros(len(fresh), dtype=torch.long, device=device))
+        return Chooser([row.request.params for row in fresh], device)(logits[source], draws)
+
+    def _append(self, row: Completion, token: int, logprob: float) -> None:
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        if token in row.stop_tokens or (row.request.params.stop and self._ends_with_stop(row)):
+            row.stop_reason = "stop"
+        elif len(row.tokens) >= row.budget:
+            row.stop_reason = "length"
+
+    def _ends_with_stop(self, row: Completion) -> bool:
+        """Whether the newest token completed a stop text. A token is at least one byte, so a tail of that many tokens is enough."""
+        longest = max(len(text.encode()) for text in row.request.params.stop)
+        tail = self.base.decode(row.tokens[-longest:])
+        before = self.base.decode(row.tokens[-longest:-1])
+        return any(text in tail and text not in before for text in row.request.params.stop)
+
+    # ------------------------------------------------ places in the cache
+
+    def _settle(self, rows: Sequence[Completion], capacity: int) -> None:
+        bank = self.banks.setdefault(capacity, Bank(capacity, self.base.device))
+        for row, place in zip(rows, bank.claim(len(rows)), strict=True):
+            row.bank, row.place = bank, place
+
+    def _leave(self, row: Completion) -> None:
+        if row.bank is not None:
+            row.bank.release([row.place])
+            row.bank = None
+
+    def _move(self, rows: Sequence[Completion]) -> None:
+        """Rows that are full go to the next larger bank."""
+        device = self.base.device
+        for bank in {id(row.bank): row.bank for row in rows}.values():
+            assert bank is not None
+            members = [row for row in rows if row.bank is bank]
+            old = [row.place for row in members]
+            self._settle(members, capacity_for(bank.capacity + 1))
+            target = members[0].bank
+            assert target is not None
+            bank.move(torch.tensor(old, device=device), target, torch.tensor([row.place for row in members], device=device))
+            bank.release(old)
+
+    def _compact(self, rows: Sequence[Completion]) -> None:
+        """Fill holes with the highest rows once a bank is less than three quarters full: attention reads all below the top."""
+        for bank in {id(row.bank): row.bank for row in rows}.values():
+            assert bank is not None
+            if bank.top * 3 <= bank.used * 4:
+                continue
+            high = [row for row in rows if row.bank is bank and row.place >= bank.used]
+            if not high:
+                continue
+            old = [row.place for row in high]
+            new = bank.claim(len(high))
+            at = torch.tensor(old, device=self.base.device)
+            bank.move(at, bank, torch.tensor(new, device=self.base.device))
+            bank.release(old)
+            for row, place in zip(high, new, strict=True):
+                row.place = place
