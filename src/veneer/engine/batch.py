@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.engine.cache import Bank, BankRows
+from veneer.engine.cache import Bank, BankRows, Shared, SharingRows
 from veneer.engine.draws import Chooser, uniforms
 from veneer.engine.flat import TILE, Segment, runs
 from veneer.types import Floats, SamplingParams, Tokens
@@ -55,6 +56,8 @@ class Completion:
     bank: Bank | None = None
     place: int = 0
     """Its slot in the bank."""
+    shared: Shared | None = None
+    """Where the keys of its prompt are, if not in the bank."""
 
     @property
     def ended(self) -> bool:
@@ -64,6 +67,12 @@ class Completion:
     def position(self) -> int:
         """Of its newest token, which the next step reads."""
         return len(self.request.prompt) + len(self.tokens) - 1
+
+    @property
+    def left(self) -> int:
+        """Positions that its slot still has room for."""
+        assert self.bank is not None
+        return self.bank.capacity - self.position + (0 if self.shared is None else self.shared.length)
 
 
 @dataclass
@@ -82,7 +91,7 @@ class Batch:
     draws: Tensor
     """[DRAWS, rows]: the uniform numbers of the coming steps."""
     choose: Chooser
-    banks: list[BankRows]
+    banks: list[BankRows | SharingRows]
     steps_left: int
     """Until some row outgrows its bank, or the numbers run out."""
     step: int = 0
@@ -103,15 +112,6 @@ class Batch:
         places = [next(taken[row.request.slot]) for row in rows]
         line = max(sum(s.tokens for s in segments), TILE) if rows else 0
         at = column(places)
-        homes: dict[int, tuple[Bank, list[int]]] = {}
-        for i, row in enumerate(rows):
-            assert row.bank is not None
-            homes.setdefault(id(row.bank), (row.bank, []))[1].append(i)
-        banks = []
-        for bank, members in homes.values():
-            slots = [rows[i].place for i in members]
-            longest = max(rows[i].position for i in members)
-            banks.append(BankRows(bank, column([places[i] for i in members]), column(slots), bank.top, longest))
         counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])
         return cls(
             rows,
@@ -121,8 +121,8 @@ class Batch:
             column([0] * line).index_copy_(0, at, column([row.position for row in rows])),
             uniforms(column([row.key for row in rows]).expand(DRAWS, -1), counts),
             Chooser([row.request.params for row in rows], device),
-            banks,
-            min([DRAWS, *(row.bank.capacity - row.position for row in rows if row.bank)]),
+            _homes(rows, places, device),
+            min([DRAWS, *(row.left for row in rows)]),
         )
 
     def advance(self, tokens: Tensor) -> None:
@@ -131,3 +131,25 @@ class Batch:
         self.positions = self.positions + 1
         self.steps_left -= 1
         self.step += 1
+
+
+def _homes(rows: list[Completion], places: list[int], device: torch.device) -> list[BankRows | SharingRows]:
+    """Rows by where their keys are. ``places``: theirs in the line."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((id(row.bank), 0 if row.shared is None else id(row.shared.bank)), []).append(i)
+    homes: list[BankRows | SharingRows] = []
+    for members in groups.values():
+        bank = rows[members[0]].bank
+        assert bank is not None
+        readers = [(shared.bank, shared.slot, shared.length, i) for i in members if (shared := rows[i].shared) is not None]
+        if readers:
+            readers.sort(key=lambda reader: reader[1])  # who reads the same comes one after the other
+            slots = np.array([(places[i], rows[i].place, slot, length) for _, slot, length, i in readers], np.int64)
+            homes.append(SharingRows(bank, readers[0][0], *np.ascontiguousarray(slots.T)))
+        else:
+            lines, slots = (
+                torch.tensor(column, device=device) for column in ([places[i] for i in members], [rows[i].place for i in members])
+            )
+            homes.append(BankRows(bank, lines, slots, bank.top, max(rows[i].position for i in members)))
+    return homes

@@ -1,13 +1,15 @@
 """Keys and values of running completions, in banks of slots: preallocated, and as long as a row needs for now.
 
 A bank holds rows of one capacity, [slots, kv_heads, capacity, dim] per layer. A row that outgrows its bank moves to the
-next; capacities are fixed numbers, so the arithmetic of a row's attention never depends on how long its neighbours are.
+next. On a CPU in float32 a prompt's keys lie in a slot of their own, which all its completions read; elsewhere each
+completion begins with a copy of them, as torch's attention wants its keys in one piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,9 +82,12 @@ class Bank:
     def release(self, slots: Sequence[int]) -> None:
         self.free += slots
 
-    def arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values that there are, on a CPU."""
+    def arrays(self, layer: int, like: Bank) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a layer on a CPU, made when first needed, with heads as another bank has them."""
         if layer not in self._arrays:
+            if layer not in self.keys:
+                _, heads, _, dim = like.keys[layer].shape
+                self.stored(layer, like.keys[layer].new_empty(0, heads, dim))
             self._arrays[layer] = (self.keys[layer].numpy(), self.values[layer].numpy())
         return self._arrays[layer]
 
@@ -119,8 +124,6 @@ class BankRows:
         """Open the step number ``step`` since then: positions [decoding rows] of the tokens that are about to be read."""
         self.positions = positions[self.rows]
         self.seen = min(-(-(self.longest + step + 1) // FINE) * FINE, self.bank.capacity)
-        self.where = (self.rows.numpy(), self.slots.numpy(), self.positions.numpy()) if self.slots.device.type == "cpu" else ()
-        """The same as arrays: rows of the line, slots, positions."""
         self._masks: dict[tuple[int | None, int], Tensor] = {}
         self._write: Tensor | None = None
 
@@ -140,12 +143,6 @@ class BankRows:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, score: Score, out: Tensor) -> None:
         """q [line, heads, dim], k and v [line, kv_heads, dim] -> the bank's rows of out [line, heads, dim]; k and v are kept."""
         keys, values = self.bank.stored(score.layer, k)
-        if compiled.runs_on(q):
-            compiled.attend_cached(q, k, v, keys, values, self.rows, self.slots, self.positions, score, out)
-        else:
-            self._attend(q, k, v, keys, values, score, out)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, score: Score, out: Tensor) -> None:
         q, k, v = q[self.rows], k[self.rows], v[self.rows]
         (_, heads, dim), kv_heads, top = q.shape, k.shape[1], self.top
         if self._write is None:
@@ -164,9 +161,48 @@ class BankRows:
         out.index_copy_(0, self.rows, found)
 
 
+@dataclass(eq=False)
+class Shared:
+    """A prompt's keys and values, which all its completions read."""
+
+    bank: Bank
+    slot: int
+    length: int
+    readers: int
+
+
+@dataclass
+class SharingRows:
+    """The rows of a decoding step on a CPU in float32 that live in one bank and read prompts in one bank."""
+
+    bank: Bank
+    shared_bank: Bank
+    rows: np.ndarray
+    """int64 [n]: their places in the line."""
+    slots: np.ndarray
+    shared_slots: np.ndarray
+    shared: np.ndarray
+    """int64 [n]: the lengths of their prompts."""
+
+    def begin(self, positions: Tensor, step: int) -> None:
+        """As ``BankRows.begin``."""
+        self.positions = positions.numpy()[self.rows]
+
+    def cached(self, score: Score) -> tuple[Any, ...]:
+        """What ``compiled.attend_cached`` wants to know of the cache."""
+        theirs = self.shared_bank.arrays(score.layer, self.shared_bank)
+        own = self.bank.arrays(score.layer, self.shared_bank)
+        where = self.rows, self.slots, self.positions, self.shared_slots, self.shared
+        return *own, *theirs, *where, *compiled.scoring(score)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, score: Score, out: Tensor) -> None:
+        """As ``BankRows.attend``."""
+        compiled.attend_cached(q, k, v, *self.cached(score), out=out)
+
+
 @dataclass(frozen=True)
 class Fill:
-    """A prompt's keys and values go to the slots of its completions."""
+    """A prompt's keys and values go to these slots."""
 
     start: int
     length: int
@@ -194,7 +230,7 @@ class PromptLayout:
 class StepLayout:
     """A decoding step: one token of each row."""
 
-    banks: Sequence[BankRows]
+    banks: Sequence[BankRows | SharingRows]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
         out = torch.zeros_like(q)

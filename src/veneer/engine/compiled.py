@@ -250,66 +250,82 @@ def _swiglu_backward(gate_up, d_act, d_gate_up):
 # ---------------------------------------------------------------- attention to a cache
 
 
-def attend_cached(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, positions: Tensor, score: Score, out: Tensor
-) -> None:
-    """Put k and v of some rows of a line into their slots of a cache, and let q attend to what a slot holds so far. q, out
-    [line, heads, dim]; k, v [line, kv_heads, dim]; keys, values [slots, kv_heads, capacity, dim]; rows, slots, positions
-    int64 [n]. Softmax in one go over exactly the keys that are seen."""
-    arrays = [t.contiguous().numpy() for t in (q, k, v)] + [t.numpy() for t in (keys, values, rows, slots, positions, out)]
-    _attend_cached(*arrays, *scoring(score, keys.shape[2]))
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, *cache: Any, out: Tensor) -> None:
+    """Put k and v of some rows of a line into a cache, and let q attend to what is there. q, out [line, heads, dim]; k, v [line,
+    kv_heads, dim]. ``cache`` are keys and values [slots, kv_heads, capacity, dim] of what rows have for themselves; the same of
+    what rows share; then, int64 [n] each, the rows' places in the line, their slots, their positions, the slots of what they
+    share, and the number of keys there; then a score's scale, window and softcap. Softmax in one go over exactly the keys that are seen."""
+    _attend_cached(*(t.contiguous().numpy() for t in (q, k, v)), *cache, out.numpy())
 
 
-def scoring(score: Score, capacity: int) -> tuple[np.float32, int, np.float32]:
+def scoring(score: Score) -> tuple[np.float32, int, np.float32]:
     """Scale, window and softcap as the loops want them."""
-    return np.float32(score.scale), capacity if score.window is None else score.window, np.float32(score.softcap or 0)
+    return np.float32(score.scale), 2**62 if score.window is None else score.window, np.float32(score.softcap or 0)
 
 
 @_loop
-def _attend_cached(q, k, v, keys, values, rows, slots, positions, out, scale, window, softcap):
-    weights = np.empty(keys.shape[2] + _VECTOR, np.float32)
+def _attend_cached(
+    q, k, v, keys, values, shared_keys, shared_values, rows, slots, positions, shared_slots, shared, scale, window, softcap, out
+):  # fmt: skip
+    weights = np.empty(keys.shape[2] + shared_keys.shape[2] + _VECTOR, np.float32)
     for n in range(rows.shape[0]):
-        i, slot = rows[n], slots[n]
+        i, slot, ours = rows[n], slots[n], shared_slots[n]
         for h in range(keys.shape[1]):
-            keys[slot, h, positions[n]] = k[i, h]
-            values[slot, h, positions[n]] = v[i, h]
-        _attend(q[i], keys[slot], values[slot], positions[n] + 1, weights, scale, window, softcap, out[i])
+            keys[slot, h, positions[n] - shared[n]] = k[i, h]
+            values[slot, h, positions[n] - shared[n]] = v[i, h]
+        _attend(
+            q[i], keys[slot], values[slot], shared_keys[ours], shared_values[ours], positions[n] + 1, shared[n],
+            weights, scale, window, softcap, out[i],
+        )  # fmt: skip
 
 
 _VECTOR = 16
 
 
 @_inner
-def _attend(q, keys, values, end, weights, scale, window, softcap, out):
-    """Of one token: q, out [heads, dim]; keys, values [kv_heads, capacity, dim], the first ``end`` of which there are."""
+def _attend(q, keys, values, shared_keys, shared_values, end, shared, weights, scale, window, softcap, out):
+    """Of one token at position end - 1: q, out [heads, dim]; keys, values [kv_heads, capacity, dim], the first ``shared`` positions
+    apart from the others."""
     group = q.shape[0] // keys.shape[0]
     begin = max(0, end - window)
-    count = end - begin
+    first = max(0, shared - begin)
+    own_begin, own_end = max(0, begin - shared), end - shared
+    count = first + own_end - own_begin
     weights = weights[: (count + _VECTOR - 1) // _VECTOR * _VECTOR]
+    theirs, own = weights[:first], weights[first:count]
     for h in range(q.shape[0]):
-        its_keys, query = keys[h // group], q[h]
-        for t in range(count):
-            weights[t] = _dot(query, its_keys[begin + t]) * scale
+        query, y, kv = q[h], out[h], h // group
+        _score(query, shared_keys[kv, begin : begin + first], scale, theirs)
+        _score(query, keys[kv, own_begin:own_end], scale, own)
         if softcap > 0:
             for t in range(count):
                 weights[t] = softcap * (_one - np.float32(2) / (_exp(np.float32(2) / softcap * weights[t]) + _one))
         for t in range(count, weights.shape[0]):
             weights[t] = _least
-        _weigh(weights, values[h // group, begin:end], out[h])
+        top, total = _least, _zero
+        for t in range(weights.shape[0]):
+            top = max(top, weights[t])
+        for t in range(weights.shape[0]):
+            weights[t] = _exp(weights[t] - top)
+            total += weights[t]
+        for j in range(y.shape[0]):
+            y[j] = _zero
+        _weigh(theirs, shared_values[kv, begin : begin + first], y)
+        _weigh(own, values[kv, own_begin:own_end], y)
+        for j in range(y.shape[0]):
+            y[j] /= total
+
+
+@_inner
+def _score(query, keys, scale, weights):
+    for t in range(keys.shape[0]):
+        weights[t] = _dot(query, keys[t]) * scale
 
 
 @_inner
 def _weigh(weights, values, y):
-    """y = softmax(weights) values; weights are used up."""
-    top, total, count = _least, _zero, values.shape[0]
-    for t in range(weights.shape[0]):
-        top = max(top, weights[t])
-    for t in range(weights.shape[0]):
-        weights[t] = _exp(weights[t] - top)
-        total += weights[t]
-    for j in range(y.shape[0]):
-        y[j] = _zero
-    t = 0
+    """y += weights values."""
+    t, count = 0, values.shape[0]
     while t + 4 <= count:
         w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
@@ -321,8 +337,6 @@ def _weigh(weights, values, y):
         for j in range(y.shape[0]):
             y[j] += w0 * v0[j]
         t += 1
-    for j in range(y.shape[0]):
-        y[j] /= total
 
 
 # ---------------------------------------------------------------- thin adapters
@@ -393,18 +407,18 @@ def _expand(low, bt, y):
 
 @_loop
 def attention_stage(
-    x, qkv, weight, eps, cos, sin, keys, values, rows, cache_slots, positions, scale, window, out,
-    table, slots, at_a, at_b, columns, ranks, scales,
+    x, qkv, weight, eps, cos, sin, keys, values, shared_keys, shared_values, rows, cache_slots, positions, shared_slots, shared,
+    scale, window, softcap, out, table, slots, at_a, at_b, columns, ranks, scales,
 ):  # fmt: skip
     """From the product qkv of x to attention's output [line, heads * dim], for ``rows`` of the line: their thin adapters, ``turn`` with
     tables cos and sin [context, dim], and ``attend_cached``."""
     _, kv_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    low, weights = np.empty(THIN, np.float32), np.empty(capacity + _VECTOR, np.float32)
+    low, weights = np.empty(THIN, np.float32), np.empty(capacity + shared_keys.shape[2] + _VECTOR, np.float32)
     normed, turned = np.empty(dim, np.float32), np.empty((heads, dim), np.float32)
     for n in range(rows.shape[0]):
-        i, slot, position = rows[n], cache_slots[n], positions[n]
-        y, c, s = qkv[i], cos[position], sin[position]
+        i, slot, ours, position = rows[n], cache_slots[n], shared_slots[n], positions[n]
+        y, c, s, own = qkv[i], cos[position], sin[position], position - shared[n]
         if i < slots.shape[0]:
             _add_thin_row(x[i], y, table, slots[i], at_a, at_b, columns, ranks, scales, low)
         for h in range(heads + kv_heads):
@@ -418,11 +432,14 @@ def attention_stage(
             if h < heads:
                 _rotate(normed, c, s, turned[h])
             else:
-                _rotate(normed, c, s, keys[slot, h - heads, position])
+                _rotate(normed, c, s, keys[slot, h - heads, own])
         for h in range(kv_heads):
             at = (heads + kv_heads + h) * dim
-            values[slot, h, position] = y[at : at + dim]
-        _attend(turned, keys[slot], values[slot], position + 1, weights, scale, window, _zero, out[i].reshape(heads, dim))
+            values[slot, h, own] = y[at : at + dim]
+        _attend(
+            turned, keys[slot], values[slot], shared_keys[ours], shared_values[ours], position + 1, shared[n],
+            weights, scale, window, softcap, out[i].reshape(heads, dim),
+        )  # fmt: skip
 
 
 @_loop

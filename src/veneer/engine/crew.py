@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veneer.engine import compiled
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.base import Base, Head
 from veneer.engine.batch import Batch, Completion, SampleRequest
-from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, StepLayout, capacity_for
+from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, Shared, StepLayout, capacity_for
 from veneer.engine.draws import Chooser, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
 from veneer.engine.logprobs import target_logprobs
@@ -53,6 +54,8 @@ class Weights(Protocol):
 class Crew:
     def __init__(self, base: Base, weights: Weights) -> None:
         self.base, self.weights = base, weights
+        self.shares = compiled.runs_on(next(base.model.parameters()))
+        """Completions read their prompt's keys where they are."""
         self.banks: dict[int, Bank] = {}
         self.batch = self._gather([])
         self.starting: list[list[Completion]] = []
@@ -79,13 +82,14 @@ class Crew:
                 if row.ended:
                     self._leave(row)
             rows = [row for row in rows if not row.ended]
-            self._compact(rows)
+            if not self.shares:
+                self._compact(rows)
             self.batch = self._sorted(rows)
             if not rows and sum(bank.bytes for bank in self.banks.values()) > KEPT:
                 self.banks.clear()
 
     def _sorted(self, rows: list[Completion]) -> Batch:
-        outgrown = [row for row in rows if row.bank is not None and row.position >= row.bank.capacity]
+        outgrown = [row for row in rows if row.left <= 0]
         self._move(outgrown)
         order = sorted(rows, key=lambda row: (-1 if row.request.slot is None else row.request.slot, id(row.bank), row.place))
         return self._gather(order)
@@ -93,8 +97,14 @@ class Crew:
     def start(self, rows: list[Completion]) -> None:
         """Let rows of one adapter and prompt in with the next pass."""
         self.starting.append(rows)
-        room = min(max(*(row.budget for row in rows), 1), AHEAD)
-        self._settle(rows, capacity_for(len(rows[0].request.prompt) + room))
+        length, ahead = len(rows[0].request.prompt), min(max(1, *(row.budget for row in rows)), AHEAD)
+        if self.shares:
+            bank = self._bank(capacity_for(length))
+            (slot,) = bank.claim(1)
+            shared, length = Shared(bank, slot, length, len(rows)), 0
+            for row in rows:
+                row.shared = shared
+        self._settle(rows, capacity_for(length + ahead))
 
     # ------------------------------------------------ passes
 
@@ -165,6 +175,9 @@ class Crew:
 
     def _fills(self, group: list[Completion], line: Row) -> list[Fill]:
         """Where a prompt's keys and values go."""
+        shared = group[0].shared
+        if shared is not None:
+            return [Fill(line.start, line.length, shared.bank, torch.tensor([shared.slot]))]
         homes: dict[int, tuple[Bank, list[int]]] = {}
         for row in group:
             assert row.bank is not None
@@ -208,8 +221,11 @@ class Crew:
 
     # ------------------------------------------------ places in the cache
 
+    def _bank(self, capacity: int) -> Bank:
+        return self.banks.setdefault(capacity, Bank(capacity, self.base.device))
+
     def _settle(self, rows: Sequence[Completion], capacity: int) -> None:
-        bank = self.banks.setdefault(capacity, Bank(capacity, self.base.device))
+        bank = self._bank(capacity)
         for row, place in zip(rows, bank.claim(len(rows)), strict=True):
             row.bank, row.place = bank, place
 
@@ -217,6 +233,11 @@ class Crew:
         if row.bank is not None:
             row.bank.release([row.place])
             row.bank = None
+        if row.shared is not None:
+            row.shared.readers -= 1
+            if row.shared.readers == 0:
+                row.shared.bank.release([row.shared.slot])
+            row.shared = None
 
     def _move(self, rows: Sequence[Completion]) -> None:
         """Rows that are full go to the next larger bank."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.engine import compiled
-from veneer.engine.cache import StepLayout
+from veneer.engine.cache import SharingRows, StepLayout
 from veneer.engine.flat import Flat
 from veneer.engine.thin import RowWise
 
@@ -104,9 +104,8 @@ class Steps:
         updates.thick.add(normed.tensor, qkv.tensor, name)
         thin, head = updates.of(name), (layer.head_weight, layer.head_eps, *self.turns)
         for bank in layout.banks:
-            keys, values = bank.bank.arrays(score.layer)
-            scale, window, _ = compiled.scoring(score, keys.shape[2])
-            compiled.attention_stage(normed.array, qkv.array, *head, keys, values, *bank.where, scale, window, attended.array, *thin)
+            assert isinstance(bank, SharingRows)
+            compiled.attention_stage(normed.array, qkv.array, *head, *bank.cached(score), attended.array, *thin)
 
 
 def _product(joined: Joined, x: Tensor, out: Tensor) -> None:

@@ -18,7 +18,7 @@ ROWS = {"cpu": 512, "cuda": 1024}
 """Completions that decode together."""
 PROMPT_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Prompt tokens that join one step; a single longer prompt is still read whole."""
-ENOUGH = 32
+ENOUGH = 64
 """Rows for a thread of its own: below about so many, a step reads weights longer than it computes, and threads share the products."""
 
 Outcome = list[SampleRequest] | Exception

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import jinja2
@@ -18,6 +19,8 @@ from veneer.types import BaseError, DataError, Message, Tokens, ToolCall, in_one
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 """For a base without a chat template: the contents, a line each, for the model to go on from."""
 
+KEPT = 256
+"""Conversations whose tokens are remembered: the members of a group all begin with the same one."""
 _MARK = "\x02answer\x03"
 _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
@@ -31,6 +34,7 @@ class Renderer:
         self.template = template if isinstance(template, str) else str(template["default"])
         self.template_digest = hashlib.sha256(self.template.encode()).hexdigest()
         self.tokenizer_digest = hashlib.sha256(_definition(tokenizer).encode()).hexdigest()
+        self._encode_dialogue = lru_cache(KEPT)(lambda key: self.encode(self._text(*json.loads(key), generate=True)))
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generate: bool) -> str:
         try:
@@ -54,7 +58,7 @@ class Renderer:
 
     def build_generation_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Tokens:
         """Token ids of the conversation up to where the assistant speaks next."""
-        return self.encode(self._text(messages, tools, generate=True))
+        return self._encode_dialogue(json.dumps([[dict(m) for m in messages], [dict(t) for t in tools]])).copy()
 
     def extend(self, prompt: Tokens, sampled: Tokens, messages: Sequence[Message]) -> Tokens:
         """The next turn's prompt: every token that the model saw and wrote, as it was, then ``messages`` and the generation prompt.
