@@ -17,12 +17,28 @@ from torch import Tensor
 
 from veneer.engine.attention import Score
 
-_loop: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+_HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 """Sums may be reordered, but NaN and infinity stay what they are."""
-_inner: Any = njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+def _loop(function: Any) -> Any:
+    """Without numba's memory management (_nrt) a loop cannot allocate, which is why it is handed room to work in, and does not count
+    references to every slice, which took a fifth of the time."""
+    options: dict[str, Any] = {"nogil": True, "cache": True, "_nrt": False}
+    return njit(**_HOW, **options)(function)
+
+
+def _inner(function: Any) -> Any:
+    return njit(inline="always", **_HOW)(function)
+
+
 THIN = 16
 """Rank of the thickest adapter that is added row by row; above, a product over all rows of an adapter is faster."""
 _one, _zero, _least = np.float32(1), np.float32(0), np.float32(-3e38)
+
+
+def _room(*shape: int) -> np.ndarray:
+    return np.empty(shape, np.float32)
 
 
 def runs_on(x: Tensor) -> bool:
@@ -44,6 +60,12 @@ def _exp(x):
     p = p * r * r + r + _one
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     return _zero if x < np.float32(-87) else p * power
+
+
+@_inner
+def _copy(x, y):
+    for j in range(x.shape[0]):
+        y[j] = x[j]
 
 
 @_inner
@@ -124,7 +146,7 @@ def turn(qkv: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tenso
     if weight is None or rms is None:
         _turn(qkv.numpy(), *tables, turned.numpy())
     else:
-        _turn_normed(qkv.numpy(), weight.numpy(), np.float32(eps), *tables, turned.numpy(), rms.numpy())
+        _turn_normed(qkv.numpy(), weight.numpy(), np.float32(eps), *tables, turned.numpy(), rms.numpy(), _room(dim))
     return turned, rms
 
 
@@ -146,9 +168,8 @@ def _turn(qkv, cos, sin, turned):
 
 
 @_loop
-def _turn_normed(qkv, weight, eps, cos, sin, turned, rms):
+def _turn_normed(qkv, weight, eps, cos, sin, turned, rms, normed):
     line, heads, dim = turned.shape
-    normed = np.empty(dim, np.float32)
     for i in range(line):
         for h in range(heads):
             x, w = qkv[i, h * dim : (h + 1) * dim], weight[h]
@@ -168,7 +189,7 @@ def turn_backward(
     if weight is None or rms is None:
         _turn_backward(*tables, *grads, d_qkv.numpy())
     else:
-        _turn_normed_backward(qkv.numpy(), rms.numpy(), weight.numpy(), *tables, *grads, d_qkv.numpy())
+        _turn_normed_backward(qkv.numpy(), rms.numpy(), weight.numpy(), *tables, *grads, d_qkv.numpy(), _room(cos.shape[-1]))
     return d_qkv
 
 
@@ -191,13 +212,12 @@ def _turn_backward(cos, sin, dq, dk, dv, d_qkv):
             at = (heads + h) * dim
             _rotate_back(dk[i, h], cos[i], sin[i], d_qkv[i, at : at + dim])
             at += kv_heads * dim
-            d_qkv[i, at : at + dim] = dv[i, h]
+            _copy(dv[i, h], d_qkv[i, at : at + dim])
 
 
 @_loop
-def _turn_normed_backward(qkv, rms, weight, cos, sin, dq, dk, dv, d_qkv):
+def _turn_normed_backward(qkv, rms, weight, cos, sin, dq, dk, dv, d_qkv, straight):
     (line, heads, dim), kv_heads = dq.shape, dk.shape[1]
-    straight = np.empty(dim, np.float32)
     for i in range(line):
         for h in range(heads + kv_heads):
             if h < heads:
@@ -208,7 +228,7 @@ def _turn_normed_backward(qkv, rms, weight, cos, sin, dq, dk, dv, d_qkv):
             _norm_slope(qkv[i, at : at + dim], rms[i, h, 0], weight[h], straight, d_qkv[i, at : at + dim])
         for h in range(kv_heads):
             at = (heads + kv_heads + h) * dim
-            d_qkv[i, at : at + dim] = dv[i, h]
+            _copy(dv[i, h], d_qkv[i, at : at + dim])
 
 
 # ---------------------------------------------------------------- the MLP's middle
@@ -255,7 +275,12 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, *cache: Any, out: Tensor) -> 
     kv_heads, dim]. ``cache`` are keys and values [slots, kv_heads, capacity, dim] of what rows have for themselves; the same of
     what rows share; then, int64 [n] each, the rows' places in the line, their slots, their positions, the slots of what they
     share, and the number of keys there; then a score's scale, window and softcap. Softmax in one go over exactly the keys that are seen."""
-    _attend_cached(*(t.contiguous().numpy() for t in (q, k, v)), *cache, out.numpy())
+    _attend_cached(*(t.contiguous().numpy() for t in (q, k, v)), *cache, out.numpy(), room_to_attend(cache[0], cache[2]))
+
+
+def room_to_attend(keys: np.ndarray, shared_keys: np.ndarray) -> np.ndarray:
+    """For the weights of all keys that a row may see, in whole vectors."""
+    return _room(keys.shape[2] + shared_keys.shape[2] + _VECTOR)
 
 
 def scoring(score: Score) -> tuple[np.float32, int, np.float32]:
@@ -265,14 +290,13 @@ def scoring(score: Score) -> tuple[np.float32, int, np.float32]:
 
 @_loop
 def _attend_cached(
-    q, k, v, keys, values, shared_keys, shared_values, rows, slots, positions, shared_slots, shared, scale, window, softcap, out
+    q, k, v, keys, values, shared_keys, shared_values, rows, slots, positions, shared_slots, shared, scale, window, softcap, out, weights
 ):  # fmt: skip
-    weights = np.empty(keys.shape[2] + shared_keys.shape[2] + _VECTOR, np.float32)
     for n in range(rows.shape[0]):
         i, slot, ours = rows[n], slots[n], shared_slots[n]
         for h in range(keys.shape[1]):
-            keys[slot, h, positions[n] - shared[n]] = k[i, h]
-            values[slot, h, positions[n] - shared[n]] = v[i, h]
+            _copy(k[i, h], keys[slot, h, positions[n] - shared[n]])
+            _copy(v[i, h], values[slot, h, positions[n] - shared[n]])
         _attend(
             q[i], keys[slot], values[slot], shared_keys[ours], shared_values[ours], positions[n] + 1, shared[n],
             weights, scale, window, softcap, out[i],
@@ -346,12 +370,11 @@ def add_thin(x: Tensor, y: Tensor, *thin: np.ndarray) -> None:
     """y [line, d_out] += scale x A^T B^T with x [line, d_in], every row with its own adapter. ``thin`` are the table of adapters
     [slots, size]; each row's slot, -1 for none; where A [rank, d_in] and B^T [rank, columns of the output] of each output begin in
     the table [slots, outputs], -1 where there is none; where outputs begin in y [outputs + 1]; and rank and scale by slot."""
-    _add_thin(x.numpy(), y.numpy(), *thin)
+    _add_thin(x.numpy(), y.numpy(), *thin, _room(THIN))
 
 
 @_loop
-def _add_thin(x, y, table, slots, at_a, at_b, columns, ranks, scales):
-    low = np.empty(THIN, np.float32)
+def _add_thin(x, y, table, slots, at_a, at_b, columns, ranks, scales, low):
     for i in range(slots.shape[0]):
         _add_thin_row(x[i], y[i], table, slots[i], at_a, at_b, columns, ranks, scales, low)
 
@@ -408,14 +431,14 @@ def _expand(low, bt, y):
 @_loop
 def attention_stage(
     x, qkv, weight, eps, cos, sin, keys, values, shared_keys, shared_values, rows, cache_slots, positions, shared_slots, shared,
-    scale, window, softcap, out, table, slots, at_a, at_b, columns, ranks, scales,
+    scale, window, softcap, out, weights, turned, table, slots, at_a, at_b, columns, ranks, scales, low,
 ):  # fmt: skip
     """From the product qkv of x to attention's output [line, heads * dim], for ``rows`` of the line: their thin adapters, ``turn`` with
-    tables cos and sin [context, dim], and ``attend_cached``."""
-    _, kv_heads, capacity, dim = keys.shape
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    low, weights = np.empty(THIN, np.float32), np.empty(capacity + shared_keys.shape[2] + _VECTOR, np.float32)
-    normed, turned = np.empty(dim, np.float32), np.empty((heads, dim), np.float32)
+    tables cos and sin [context, dim], and ``attend_cached``. Room to work in: weights as of ``room_to_attend``, turned
+    [heads + 1, dim], and low [THIN]."""
+    kv_heads, dim = keys.shape[1], keys.shape[3]
+    heads = turned.shape[0] - 1
+    normed = turned[heads]
     for n in range(rows.shape[0]):
         i, slot, ours, position = rows[n], cache_slots[n], shared_slots[n], positions[n]
         y, c, s, own = qkv[i], cos[position], sin[position], position - shared[n]
@@ -428,24 +451,23 @@ def attention_stage(
                 for j in range(dim):
                     normed[j] = head[j] * r * w[j]
             else:
-                normed[:] = head
+                _copy(head, normed)
             if h < heads:
                 _rotate(normed, c, s, turned[h])
             else:
                 _rotate(normed, c, s, keys[slot, h - heads, own])
         for h in range(kv_heads):
             at = (heads + kv_heads + h) * dim
-            values[slot, h, own] = y[at : at + dim]
+            _copy(y[at : at + dim], values[slot, h, own])
         _attend(
-            turned, keys[slot], values[slot], shared_keys[ours], shared_values[ours], position + 1, shared[n],
+            turned[:heads], keys[slot], values[slot], shared_keys[ours], shared_values[ours], position + 1, shared[n],
             weights, scale, window, softcap, out[i].reshape(heads, dim),
         )  # fmt: skip
 
 
 @_loop
-def norm_stage(x, y, weight, eps, out, table, slots, at_a, at_b, columns, ranks, scales):
+def norm_stage(x, y, weight, eps, out, table, slots, at_a, at_b, columns, ranks, scales, low):
     """Thin adapters' part in the product y of x, and its ``norm``."""
-    low = np.empty(THIN, np.float32)
     for i in range(y.shape[0]):
         yi, o = y[i], out[i]
         if i < slots.shape[0]:
@@ -456,9 +478,9 @@ def norm_stage(x, y, weight, eps, out, table, slots, at_a, at_b, columns, ranks,
 
 
 @_loop
-def swiglu_stage(x, y, out, table, slots, at_a, at_b, columns, ranks, scales):
+def swiglu_stage(x, y, out, table, slots, at_a, at_b, columns, ranks, scales, low):
     """Thin adapters' part in the product y of x, gate and up, and its ``swiglu``."""
-    low, width = np.empty(THIN, np.float32), out.shape[1]
+    width = out.shape[1]
     for i in range(y.shape[0]):
         if i < slots.shape[0]:
             _add_thin_row(x[i], y[i], table, slots[i], at_a, at_b, columns, ranks, scales, low)
@@ -474,7 +496,9 @@ def choose(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Per row the token at which the cumulative distribution passes ``uniform`` [rows] in [0, 1), or the likeliest where that is
     negative, and its log-probability. logits [rows, vocab], -inf for what is left out."""
     tokens, logprobs = torch.empty(len(logits), dtype=torch.long), logits.new_empty(len(logits))
-    _choose(logits.contiguous().numpy(), uniform.contiguous().numpy(), tokens.numpy(), logprobs.numpy())
+    vocab = logits.shape[1]
+    room = _room(vocab), _room(-(-vocab // _BLOCK))
+    _choose(logits.contiguous().numpy(), uniform.contiguous().numpy(), tokens.numpy(), logprobs.numpy(), *room)
     return tokens, logprobs
 
 
@@ -482,10 +506,8 @@ _BLOCK = 64
 
 
 @_loop
-def _choose(logits, uniform, tokens, logprobs):
-    vocab = logits.shape[1]
-    blocks = (vocab + _BLOCK - 1) // _BLOCK
-    masses, totals = np.empty(vocab, np.float32), np.empty(blocks, np.float32)
+def _choose(logits, uniform, tokens, logprobs, masses, totals):
+    vocab, blocks = logits.shape[1], totals.shape[0]
     for i in range(logits.shape[0]):
         row, top, best = logits[i], -np.inf, 0
         for v in range(vocab):

@@ -38,6 +38,8 @@ class Scratch:
     attended: Pad
     gate_up: Pad
     act: Pad
+    turned: np.ndarray
+    low: np.ndarray
 
 
 class _Layer:
@@ -46,10 +48,21 @@ class _Layer:
     def __init__(self, layer: FusedLayer, after: Norm) -> None:
         """``after``: the norm that follows it."""
         self.qkv, self.o, self.gate_up, self.down, self.score = layer.qkv, layer.o, layer.gate_up, layer.down, layer.score
-        head_weight = layer.head_norm.weight
-        self.head_weight = np.empty((0, 0), np.float32) if head_weight is None else head_weight.numpy()
-        self.head_eps = np.float32(layer.head_norm.eps)
+        head_weight = np.empty((0, 0), np.float32) if layer.head_norm.weight is None else layer.head_norm.weight.numpy()
+        self.head_norm = head_weight, np.float32(layer.head_norm.eps)
         self.norms = [(norm.weight.numpy(), np.float32(norm.eps)) for norm in (layer.norm2, after)]
+        self.heads, self.dim = layer.heads, layer.dim
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the matrices in ``Scratch``."""
+        return [
+            self.qkv.weight.shape[0],
+            self.qkv.weight.shape[1],
+            self.o.weight.shape[0],
+            self.gate_up.weight.shape[1],
+            self.down.weight.shape[0],
+        ]
 
 
 class Steps:
@@ -58,54 +71,47 @@ class Steps:
     def __init__(self, model: FusedModel, turns: tuple[Tensor, Tensor]) -> None:
         """``turns``: cos and sin by position, [context, 1, dim]."""
         self.embedding = model.embedding
-        self.first = model.layers[0].norm1
-        after = [*(layer.norm1 for layer in model.layers[1:]), model.norm]
+        first, after = model.layers[0].norm1, [*(layer.norm1 for layer in model.layers[1:]), model.norm]
+        self.first = first.weight.numpy(), np.float32(first.eps)
         self.layers = [_Layer(layer, norm) for layer, norm in zip(model.layers, after, strict=True)]
         self.turns = [t[:, 0].contiguous().numpy() for t in turns]
-        layer = model.layers[0]
-        self.widths = (
-            layer.qkv.weight.shape[0],
-            layer.qkv.weight.shape[1],
-            layer.o.weight.shape[0],
-            layer.gate_up.weight.shape[1],
-            layer.down.weight.shape[0],
-        )
         self._lane = threading.local()
 
     def _scratch(self, line: int) -> Scratch:
+        """This thread's."""
         kept: Scratch | None = getattr(self._lane, "scratch", None)
         if kept is None or kept.line != line:
-            self._lane.scratch = kept = Scratch(line, *(Pad(line, width) for width in self.widths))
+            layer = self.layers[0]
+            normed, qkv, attended, gate_up, act = (Pad(line, width) for width in layer.widths)
+            turned, low = np.empty((layer.heads + 1, layer.dim), np.float32), np.empty(compiled.THIN, np.float32)
+            self._lane.scratch = kept = Scratch(line, normed, qkv, attended, gate_up, act, turned, low)
         return kept
 
     def hidden(self, flat: Flat, layout: StepLayout, updates: RowWise) -> Tensor:
         """[n, d]: the final hidden states, normed, at the wanted places. Good until this thread's next step."""
         x = F.embedding(flat.tokens, self.embedding)
-        pads = self._scratch(len(x))
-        normed, qkv, attended, gate_up, act = pads.normed, pads.qkv, pads.attended, pads.gate_up, pads.act
-        rows = x.numpy()
-        compiled.norm_stage(rows, rows, self.first.weight.numpy(), np.float32(self.first.eps), normed.array, *updates.none)
+        rows, pads = x.numpy(), self._scratch(len(x))
+        normed, qkv, attended, gate_up, act, low = pads.normed, pads.qkv, pads.attended, pads.gate_up, pads.act, pads.low
+        compiled.norm_stage(rows, rows, *self.first, normed.array, *updates.none, low)
         for layer in self.layers:
             _product(layer.qkv, normed.tensor, qkv.tensor)
-            self._attend(layer, layout, normed, qkv, attended, updates)
+            thin = updates.rest(normed.tensor, qkv.tensor, layer.qkv.names[0])
+            for bank in layout.banks:
+                assert isinstance(bank, SharingRows)
+                cached = bank.cached(layer.score)
+                room = compiled.room_to_attend(cached[0], cached[2]), pads.turned
+                before = normed.array, qkv.array, *layer.head_norm, *self.turns
+                compiled.attention_stage(*before, *cached, attended.array, *room, *thin, low)
             _add_product(layer.o, attended.tensor, x)
-            updates.thick.add(attended.tensor, x, layer.o.names[0])
-            compiled.norm_stage(attended.array, rows, *layer.norms[0], normed.array, *updates.of(layer.o.names[0]))
+            thin = updates.rest(attended.tensor, x, layer.o.names[0])
+            compiled.norm_stage(attended.array, rows, *layer.norms[0], normed.array, *thin, low)
             _product(layer.gate_up, normed.tensor, gate_up.tensor)
-            updates.thick.add(normed.tensor, gate_up.tensor, layer.gate_up.names[0])
-            compiled.swiglu_stage(normed.array, gate_up.array, act.array, *updates.of(layer.gate_up.names[0]))
+            thin = updates.rest(normed.tensor, gate_up.tensor, layer.gate_up.names[0])
+            compiled.swiglu_stage(normed.array, gate_up.array, act.array, *thin, low)
             _add_product(layer.down, act.tensor, x)
-            updates.thick.add(act.tensor, x, layer.down.names[0])
-            compiled.norm_stage(act.array, rows, *layer.norms[1], normed.array, *updates.of(layer.down.names[0]))
+            thin = updates.rest(act.tensor, x, layer.down.names[0])
+            compiled.norm_stage(act.array, rows, *layer.norms[1], normed.array, *thin, low)
         return normed.tensor if len(flat.wanted) == len(x) else normed.tensor.index_select(0, flat.wanted)
-
-    def _attend(self, layer: _Layer, layout: StepLayout, normed: Pad, qkv: Pad, attended: Pad, updates: RowWise) -> None:
-        name, score = layer.qkv.names[0], layer.score
-        updates.thick.add(normed.tensor, qkv.tensor, name)
-        thin, head = updates.of(name), (layer.head_weight, layer.head_eps, *self.turns)
-        for bank in layout.banks:
-            assert isinstance(bank, SharingRows)
-            compiled.attention_stage(normed.array, qkv.array, *head, *bank.cached(score), attended.array, *thin)
 
 
 def _product(joined: Joined, x: Tensor, out: Tensor) -> None:

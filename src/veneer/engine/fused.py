@@ -226,7 +226,8 @@ class FusedModel:
         if kind in FIXED_TURNS and self.base.context_length <= LONGEST_TABLE:
             places = torch.arange(self.base.context_length, device=self.base.device)
             self.turns = self._turns(self.embedding[:1], places)
-            if compiled.runs_on(self.embedding):
+            alike = len({(layer.qkv.weight.shape, layer.gate_up.weight.shape, layer.heads) for layer in self.layers}) == 1
+            if compiled.runs_on(self.embedding) and alike:
                 self.steps = Steps(self, self.turns)
 
     def hidden(self, flat: Flat, updates: Updates) -> Tensor:

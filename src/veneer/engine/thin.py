@@ -84,6 +84,11 @@ class RowWise:
         places = next(iter(self.index.places.values()))
         return self.table, self.slots[:0], places.at_a, places.at_b, places.columns, self.index.ranks, self.index.scales
 
+    def rest(self, x: Tensor, y: Tensor, name: str) -> tuple[np.ndarray, ...]:
+        """Add what thick adapters add, and hand over what is left for a compiled loop to add."""
+        self.thick.add(x, y, name)
+        return self.of(name)
+
     def add(self, x: Tensor, y: Tensor, name: str) -> Lows:
         inner = y.contiguous()
         compiled.add_thin(x.contiguous(), inner, *self.of(name))
