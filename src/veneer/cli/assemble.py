@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -66,6 +67,7 @@ def start(base: str, threads: int, weights: str = "lora", device: str = "auto", 
         engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE)
     else:
         engine = FullEngine(loaded, patience=PATIENCE)
+    gc.freeze()  # what is loaded by now stays: a full collection would walk all of torch and transformers, 0.2 s at a time
     return Machine(engine, Renderer(loaded.tokenizer))
 
 

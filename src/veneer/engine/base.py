@@ -73,6 +73,10 @@ class Base(nn.Module):
         self.context_length: int = getattr(config, "max_position_embeddings", None) or 2**31
         self.layers: int = config.num_hidden_layers
         self.window: int | None = getattr(config, "sliding_window", None)
+        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache_numbers = 2 * self.layers * heads * dim
+        """Keys and values of one token in all layers."""
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -90,12 +94,9 @@ class Base(nn.Module):
         return self._any_parameter.device
 
     @property
-    def cache_bytes(self) -> int:
-        """Of the keys and values of one token in all layers."""
-        config = self.model.config.get_text_config()
-        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * self.layers * heads * dim * self.model.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        """That it computes in."""
+        return self._any_parameter.dtype
 
     @property
     def head(self) -> nn.Module:
@@ -162,7 +163,7 @@ class Base(nn.Module):
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise BaseError(f"{kind} cannot be run over tokens in one line ({in_one_line(error)})") from error
         gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9))
-        if not gap <= PROBE_LIMITS[self.model.dtype]:
+        if not gap <= PROBE_LIMITS[self.dtype]:
             raise BaseError(f"{kind} gives other logits here than in transformers (by {gap:.1e} of the largest): it cannot be served")
 
 

@@ -89,7 +89,7 @@ class LocalEngine:
 
     @property
     def dtype(self) -> str:
-        return str(self.base.model.dtype).removeprefix("torch.")
+        return str(self.base.dtype).removeprefix("torch.")
 
     def measure_base_digest(self) -> str:
         return self.base.measure_digest()
@@ -164,7 +164,7 @@ class LocalEngine:
 
     def _check_known(self, adapter: str | None) -> None:
         """The adapter is here, or a load that will bring it is queued."""
-        if adapter is not None and not any(request.adapter == adapter for request in self._queue):
+        if adapter is not None and adapter not in self._slots and not any(request.adapter == adapter for request in self._queue):
             self._slot(adapter)
 
     def _check_prompt(self, prompt: Tokens, params: SamplingParams, n: int) -> None:
@@ -175,7 +175,7 @@ class LocalEngine:
         if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
             raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
         length = min(len(prompt) + params.max_tokens, self.context_length)
-        need, there = self.base.cache_bytes * length, total_memory(self.base.device)
+        need, there = self.base.cache_numbers * self.base.dtype.itemsize * length, total_memory(self.base.device)
         if need > there:
             raise DataError(
                 f"{length:,} tokens of prompt and completion need {need / 2**30:.1f} GiB of cache; the machine has "
@@ -409,7 +409,11 @@ class LocalEngine:
             self._stack.rows.grads[slot.slot].zero_()
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
-        self._stack.rows.grads[slot].add_(gradient)
+        total = self._stack.rows.grads[slot]
+        if total.is_cuda:
+            total.add_(gradient)
+        else:
+            np.add(total.numpy(), gradient.numpy(), out=total.numpy())  # torch would use all threads, which other passes are using
 
 
 def _answer(future: EngineFuture[T], run: Callable[[], T]) -> None:

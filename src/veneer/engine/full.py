@@ -83,6 +83,6 @@ class FullStack:
         return [row]
 
     def _call(self, leaves: dict[str, Tensor], flat: Flat, finish: Callable[[Tensor, Head], T]) -> T:
-        dtype = self.base.model.dtype
+        dtype = self.base.dtype
         weights = {f"model.{name}": leaf.to(dtype) for name, leaf in leaves.items()}
         return functional_call(self.base, weights, (flat, finish))

@@ -203,7 +203,7 @@ class FusedModel:
             model.keep_turns()
             found = model.hidden(_probe(base), Active([], []))
         gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9))
-        return model if gap <= LIMITS[base.model.dtype] else None
+        return model if gap <= LIMITS[base.dtype] else None
 
     def _start(self, flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [line, d]; cos and sin [line, 1, dim] for ``rotate``."""

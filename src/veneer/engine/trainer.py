@@ -52,7 +52,7 @@ def tokens_that_fit(base: Base, gradient_checkpointing: bool) -> int:
     heads: int = config.num_attention_heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
     layer = 4 * width + 4 * heads + 5 * (getattr(config, "intermediate_size", None) or 4 * width)
     floats = base.layers * width + 2 * layer if gradient_checkpointing else (base.layers + 1) * layer
-    return max(LEAST, int(SHARE * free_memory(base.device)) // (floats * base.model.dtype.itemsize))
+    return max(LEAST, int(SHARE * free_memory(base.device)) // (floats * base.dtype.itemsize))
 
 
 class Trainer:

@@ -25,15 +25,16 @@ class _Ring(BaseException):
 
 
 class _Guarded(Generic[T]):
-    """Awaits a coroutine with an alarm around every stretch in which it holds the thread."""
+    """Calls and awaits with an alarm around every stretch in which the thread is held, by a coroutine or by a plain function."""
 
-    def __init__(self, inner: Awaitable[T], seconds: float) -> None:
-        self.inner, self.seconds = inner, seconds
+    def __init__(self, call: Callable[[], Awaitable[T]], seconds: float) -> None:
+        self.call, self.seconds = call, seconds
 
     def __await__(self) -> Generator[Any, None, T]:
-        steps = self.inner.__await__()
+        steps: Generator[Any, Any, T] | None = None
         while True:
             with alarm(self.seconds):
+                steps = self.call().__await__() if steps is None else steps
                 try:
                     waiting_for = next(steps)
                 except StopIteration as end:
@@ -85,9 +86,7 @@ async def in_env(call: Callable[[], Awaitable[T]], what: str, seconds: float) ->
 
 
 async def _in_task(call: Callable[[], Awaitable[T]], seconds: float) -> T:
-    with alarm(seconds):  # a method that is no coroutine runs here
-        awaitable = call()
-    return await _Guarded(awaitable, seconds)
+    return await _Guarded(call, seconds)
 
 
 def expect(answer: Any, kind: type[T], what: str) -> T:
