@@ -388,3 +388,18 @@ def test_sampling_uses_the_published_weights_until_the_next_publish(kind: str) -
     assert after.adapter == published
     assert published.version == 1
     assert not np.array_equal(after.prompt_logprobs, before.prompt_logprobs, equal_nan=True)
+
+
+def test_rows_that_ended_at_the_end_of_the_context_read_nothing_beyond_it() -> None:
+    """They stay in the batch while others go on, and tables of positions end where the context does."""
+    engine = lora_engine()
+    context = engine.context_length
+    ended = engine.sample(prompt(context - 4), None, SamplingParams(max_tokens=50, stop_token_ids=(), seed=1), n=2)
+    running = engine.sample(prompt(10), None, SamplingParams(max_tokens=40, stop_token_ids=(), seed=2), n=20)
+    furthest = []
+    while not running.done():
+        engine.step()
+        batch = engine._sampler.crews[0].batch
+        furthest += [int(batch.positions.max())] if batch.rows else []
+    assert [len(s.tokens) for s in ended.result()] == [4, 4]
+    assert max(furthest) == context - 1

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veneer.engine.base import Base
 from veneer.engine.cache import Bank, BankRows, Shared, SharingRows
 from veneer.engine.draws import Chooser, uniforms
 from veneer.engine.flat import TILE, Segment, runs
@@ -94,11 +95,15 @@ class Batch:
     banks: list[BankRows | SharingRows]
     steps_left: int
     """Until some row outgrows its bank, or the numbers run out."""
+    last: int
+    """The last position of the base's context: rows that ended there stay there until they leave."""
     step: int = 0
 
     @classmethod
-    def of(cls, rows: list[Completion], device: torch.device, stackable: Callable[[Sequence[int | None]], bool]) -> Batch:
+    def of(cls, rows: list[Completion], base: Base, stackable: Callable[[Sequence[int | None]], bool]) -> Batch:
         """``stackable``: whether adapters in these slots work as one stack if each has as many rows as the others."""
+
+        device = base.device
 
         def column(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
@@ -123,12 +128,13 @@ class Batch:
             Chooser([row.request.params for row in rows], device),
             _homes(rows, places, device),
             min([DRAWS, *(row.left for row in rows)]),
+            base.context_length - 1,
         )
 
     def advance(self, tokens: Tensor) -> None:
         """Take in the tokens [rows] that a step drew."""
         self.newest = tokens if len(tokens) == len(self.newest) else self.newest.index_copy(0, self.places, tokens)
-        self.positions = self.positions + 1
+        self.positions = (self.positions + 1).clamp_(max=self.last)
         self.steps_left -= 1
         self.step += 1
 

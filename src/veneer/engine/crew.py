@@ -69,7 +69,7 @@ class Crew:
         return self.batch.rows + [row for group in self.starting for row in group]
 
     def _gather(self, rows: list[Completion]) -> Batch:
-        return Batch.of(rows, self.base.device, self.weights.stackable)
+        return Batch.of(rows, self.base, self.weights.stackable)
 
     def rearrange(self, awaited: bool) -> None:
         """Drop ended rows once there are many or their places are ``awaited``, and move rows that outgrow their bank."""
