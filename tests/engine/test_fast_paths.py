@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ from peft import PeftModel
 
 from conftest import CONFIGS, SMALL, random_model
 from veneer import engine as engine_module
-from veneer.engine import Base, LocalEngine, LoraEngine
+from veneer.engine import Base, LocalEngine, LoraEngine, compiled
 from veneer.engine import logprobs as logprobs_module
 from veneer.engine.flat import TILE
 from veneer.engine.logprobs import target_logprobs as logprobs_of
 from veneer.engine.lora import LoraStack
 from veneer.engine.rows import Rows
 from veneer.store.adapters import write_adapter
-from veneer.types import AdamParams, Datum, LoraConfig, SamplingParams
+from veneer.types import AdamParams, Datum, LoraConfig, Sample, SamplingParams
 
 MORE = {
     "qwen2": lambda: hf.Qwen2Config(**SMALL, tie_word_embeddings=True),
@@ -59,6 +60,9 @@ MORE = {
 }
 FUSED = ("qwen3", "llama", "mistral", *MORE)
 PLAIN = ("gemma", "gemma2", "phi", "gpt_neox")
+WAYS = ("compiled", "thick", "torch")
+"""Float32 on a CPU runs compiled loops, with adapters from some rank on beside them; what runs on a GPU is torch's, and is held against
+the same references here."""
 RANDOM_SHAPES = st.lists(st.integers(2, 100), min_size=1, max_size=4)
 
 
@@ -72,6 +76,16 @@ def fresh_model(kind: str) -> hf.PreTrainedModel:
             if parameter.ndim > 1 or name.endswith("bias"):
                 parameter.normal_(0, 0.2)
     return model
+
+
+@contextmanager
+def going(way: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "torch":
+            patch.setattr(compiled, "runs_on", lambda x: False)
+        if way == "thick":
+            patch.setattr(compiled, "THIN", 3)
+        yield
 
 
 def fast_engine(kind: str) -> LocalEngine:
@@ -127,20 +141,24 @@ def test_logits_are_those_of_plain_attention_past_every_window(kind: str, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "mistral", "mistral-wide", "qwen2", "qwen2-slides", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(lengths=st.lists(st.tuples(st.sampled_from([None, "r1", "r4", "r9"]), RANDOM_SHAPES), min_size=1, max_size=4))
-def test_ragged_mixed_passes_are_the_reference_row_by_row(kind: str, tmp_path_factory, lengths) -> None:
+def test_ragged_mixed_passes_are_the_reference_row_by_row(kind: str, way: str, tmp_path_factory, lengths) -> None:
     """Base and adapters of any ranks in one line, scored and trained."""
-    engine, folder = fast_engine(kind), tmp_path_factory.mktemp("adapters")
+    folder = tmp_path_factory.mktemp("adapters")
     merged = {name: [n for other, shape in lengths if other == name for n in shape] for name, _ in lengths}
     data = {name: [datum(n, seed=i + n) for i, n in enumerate(shape)] for name, shape in merged.items()}
-    futures = {
-        name: engine.forward(None, rows, "cross_entropy") if name is None else engine.forward_backward(name, rows, "cross_entropy")
-        for name, rows in data.items()
-    }
+    with going(way):
+        engine = fast_engine(kind)
+        futures = {
+            name: engine.forward(None, rows, "cross_entropy") if name is None else engine.forward_backward(name, rows, "cross_entropy")
+            for name, rows in data.items()
+        }
+        outputs = {name: future.result() for name, future in futures.items()}
     for name, rows in data.items():
         model = reference(kind, engine, name, folder)
-        output = futures[name].result()
+        output = outputs[name]
         for row, found in zip(rows, output.logprobs_D, strict=True):
             wanted = target_logprobs(model, row).detach().numpy()
             assert np.abs(np.where(row.mask != 0, found - wanted, 0)).max() < 1e-5 * max(1, np.abs(wanted).max())
@@ -148,19 +166,40 @@ def test_ragged_mixed_passes_are_the_reference_row_by_row(kind: str, tmp_path_fa
             assert_close(engine, name, grads_of(model, rows))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "mistral-wide", "gemma2", "phi"])
-def test_samples_are_scored_as_the_reference_scores_them(kind: str, tmp_path) -> None:
-    """Rows of many lengths that decode together past windows and banks."""
-    engine = fast_engine(kind)
-    asked = [(name, n) for name in (None, "r1", "r4", "r9") for n in (2, 29, 61)]
-    futures = [engine.sample(prompt(n), name, SamplingParams(40, stop_token_ids=()), 2) for name, n in asked]
-    for (name, n), future in zip(asked, futures, strict=True):
-        model = reference(kind, engine, name, tmp_path)
-        for sample in future.result():
+def check_samples(kind: str, engine: LocalEngine, asked: list[tuple[str | None, int]], samples: list[list[Sample]], folder) -> None:
+    for (name, n), group in zip(asked, samples, strict=True):
+        model = reference(kind, engine, name, folder)
+        for sample in group:
             ids = torch.from_numpy(np.concatenate([prompt(n), sample.tokens]))
             with torch.no_grad():
                 lp = model(input_ids=ids[None]).logits[0].log_softmax(-1)[n - 1 : -1].gather(1, ids[n:, None])[:, 0].numpy()
             assert np.abs(lp - sample.logprobs).max() < 1e-5 * max(1, np.abs(lp).max())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["qwen3", "mistral-wide", "gemma2", "phi", "llama-biases"])
+def test_samples_are_scored_as_the_reference_scores_them(kind: str, way: str, tmp_path) -> None:
+    """Rows of many lengths that decode together past windows and banks."""
+    asked = [(name, n) for name in (None, "r1", "r4", "r9") for n in (2, 29, 61)]
+    with going(way):
+        engine = fast_engine(kind)
+        futures = [engine.sample(prompt(n), name, SamplingParams(40, stop_token_ids=()), 2) for name, n in asked]
+        samples = [future.result() for future in futures]
+    check_samples(kind, engine, asked, samples, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_a_stack_of_equal_adapters_is_scored_as_the_reference_scores_them(kind: str, tmp_path) -> None:
+    """Where no loop is compiled, neighbours of one shape with equally many rows are one batched product."""
+    asked = [(name, n) for name in ("a", "b", "c", "d") for n in (20, 33)]
+    with going("torch"):
+        engine = LoraEngine(Base(kind, fresh_model(kind), None))
+        for i, name in enumerate("abcd"):
+            add_random_adapter(engine, name, LoraConfig(rank=4, alpha=8), seed=i)
+        assert engine._stack.stackable([slot_of(engine, name) for name in "abcd"])
+        futures = [engine.sample(prompt(n), name, SamplingParams(10, stop_token_ids=()), 8) for name, n in asked]
+        samples = [future.result() for future in futures]
+    check_samples(kind, engine, asked, samples, tmp_path)
 
 
 # ---------------------------------------------------------------- how a batch is cut and kept
