@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 from veneer.engine.attention import Ragged, Row, Score
 from veneer.engine.flat import Flat, Segment, filled
 from veneer.types import Datum, Tokens
+
+T = TypeVar("T")
+
+WHOLE = 512
+"""Tokens of a request that are not worth two threads."""
 
 
 @dataclass(eq=False)
@@ -88,8 +94,8 @@ class _Units:
 
 
 def cut(request: PassRequest, budget: int) -> list[Unit]:
-    """A request's datums as units of at most ``budget`` tokens, a longer datum being one by itself. Datums with one prefix stay
-    together, long ones with long ones."""
+    """A request's datums as units of at most ``budget`` tokens, a longer datum being one by itself: an even number of about equal
+    ones, so that two lanes end together. Datums with one prefix stay together unless they are more than a unit's share."""
     groups: dict[bytes, tuple[Tokens, list[Member]]] = {}
     for index, datum in enumerate(request.data):
         trained = np.flatnonzero(datum.mask)
@@ -97,29 +103,34 @@ def cut(request: PassRequest, budget: int) -> list[Unit]:
             start, stop = int(trained[0]), int(trained[-1]) + 1
             prefix = datum.tokens[:start]
             groups.setdefault(prefix.tobytes(), (prefix, []))[1].append(Member(index, datum, start, stop))
-    total = sum(len(prefix) + sum(m.length for m in members) for prefix, members in groups.values())
-    if total > budget:
-        budget = -(-total // (2 * -(-total // (2 * budget))))  # an even number of equal units: two lanes end together
-    units: list[Unit] = []
-    room = 0
-    for prefix, members in sorted(groups.values(), key=lambda g: -max(m.length for m in g[1])):
-        whole = len(prefix) + sum(m.length for m in members)
-        if whole <= budget:
-            if whole > room:
-                units.append(Unit(request, []))
-                room = budget
-            units[-1].groups.append((prefix, members))
-            room -= whole
-            continue
-        room = 0
-        for member in sorted(members, key=lambda m: -m.length):
-            if member.length > room:
-                units.append(Unit(request, [(prefix, [])]))
-                room = budget - len(prefix)
-            units[-1].groups[-1][1].append(member)
-            room -= member.length
-        room = 0
-    return units
+    total = sum(_size(prefix, members) for prefix, members in groups.values())
+    count = 1 if total <= min(budget, WHOLE) else 2 * -(-total // (2 * budget))
+    share = -(-total // count)
+    pieces: list[tuple[Tokens, list[Member]]] = []
+    for prefix, members in groups.values():
+        parts = min(len(members), -(-_size(prefix, members) // share))
+        pieces += [(prefix, part) for part in _spread(members, [m.length for m in members], parts, budget - len(prefix))]
+    return [Unit(request, part) for part in _spread(pieces, [_size(*piece) for piece in pieces], count, budget)]
+
+
+def _size(prefix: Tokens, members: Sequence[Member]) -> int:
+    return len(prefix) + sum(m.length for m in members)
+
+
+def _spread(items: Sequence[T], sizes: Sequence[int], count: int, limit: int) -> list[list[T]]:
+    """Items over ``count`` parts, the largest first and each to the part that is smallest so far; to a new one if a part would grow
+    beyond ``limit``."""
+    parts: list[list[T]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for i in sorted(range(len(items)), key=lambda i: -sizes[i]):
+        smallest = filled.index(min(filled))
+        if parts[smallest] and filled[smallest] + sizes[i] > limit:
+            parts.append([])
+            filled.append(0)
+            smallest = -1
+        parts[smallest].append(items[i])
+        filled[smallest] += sizes[i]
+    return [part for part in parts if part]
 
 
 def join(units: Iterable[Unit], budget: int, mixes_slots: bool) -> list[list[Unit]]:

@@ -73,7 +73,9 @@ class Trainer:
         answers = {id(r): Answer([np.full(len(d.tokens), np.nan, np.float32) for d in r.data]) for r in requests}
         units = [unit for request in requests for unit in cut(request, budget)]
         for backward in (False, True):
-            passes = join([u for u in units if u.request.backward == backward], budget, self.weights.mixes_slots)
+            kind = [unit for unit in units if unit.request.backward == backward]
+            share = -(-sum(unit.tokens for unit in kind) // lanes)
+            passes = join(kind, min(budget, share), self.weights.mixes_slots)
             for result in self._run_all(passes, lanes):
                 self._take(result, answers[id(result.unit.request)], add_gradient)
         return [answers[id(request)] for request in requests]
