@@ -130,10 +130,10 @@ def _add_product(y: Tensor, low: Tensor, bt: Tensor, scale: float) -> None:
         y.add_((low @ bt).mul_(scale).to(y.dtype))
     elif bt.shape[-2] == 1:  # products over one rank round in more than one way
         y.addcmul_(low, bt, value=scale)
-    elif y.ndim == 2:
-        y.addmm_(low, bt, alpha=scale)
+    elif y.ndim == 2:  # scaled here: on two threads a product with an alpha rounds by the number of its rows
+        y.addmm_(low * scale, bt)
     else:
-        y.baddbmm_(low, bt, alpha=scale)
+        y.baddbmm_(low * scale, bt)
 
 
 def propagate(x: Tensor, dy: Tensor, dx: Tensor | None, lows: Sequence[Tensor | None], active: Active, name: str) -> None:
