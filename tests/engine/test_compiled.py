@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -270,6 +272,19 @@ def test_a_row_has_the_bits_that_it_has_alone(name: str, normed: bool) -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda job: bits(outputs(compiled, name, i[job[0]], job[1])), jobs))
     assert found == [bits([t[rows] for t in together[at]]) for at, rows in jobs]
+
+
+def test_loops_are_compiled_where_nothing_may_be_written() -> None:
+    """A read-only installation without a home: numba has nowhere to keep machine code, and says so with an error."""
+    script = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+import torch
+from veneer.engine import compiled
+print(f"{compiled.norm(torch.full((2, 3), 2.0), torch.ones(3), 0.0)[0].sum():.4f}")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "6.0000", done.stderr
 
 
 WIDE = SMALL | {"hidden_size": 48, "intermediate_size": 52, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 10}

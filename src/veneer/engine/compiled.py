@@ -24,8 +24,11 @@ _HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contrac
 def _loop(function: Any) -> Any:
     """Without numba's memory management (_nrt) a loop cannot allocate, which is why it is handed room to work in, and does not count
     references to every slice, which took a fifth of the time."""
-    options: dict[str, Any] = {"nogil": True, "cache": True, "_nrt": False}
-    return njit(**_HOW, **options)(function)
+    options: dict[str, Any] = {"nogil": True, "_nrt": False}
+    try:
+        return njit(**_HOW, **options, cache=True)(function)
+    except RuntimeError:  # there is no folder that numba may write to: compiled anew by every process
+        return njit(**_HOW, **options)(function)
 
 
 def _inner(function: Any) -> Any:
