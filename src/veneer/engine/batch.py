@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -112,8 +113,8 @@ class Batch:
         width = max([TILE, *(s.tokens for s in segments)])
         if len(segments) * width <= SLACK * len(rows) and stackable([s.slot for s in segments]):
             segments = [Segment(s.slot, width, s.wanted) for s in segments]
-        starts = [sum(s.tokens for s in segments[:i]) for i in range(len(segments))]
-        taken = {s.slot: iter(range(start, start + s.tokens)) for s, start in zip(segments, starts, strict=True)}
+        starts = accumulate((s.tokens for s in segments[:-1]), initial=0)
+        taken = {s.slot: iter(range(start, start + s.tokens)) for s, start in zip(segments, starts, strict=False)}
         places = [next(taken[row.request.slot]) for row in rows]
         line = max(sum(s.tokens for s in segments), TILE) if rows else 0
         at = column(places)

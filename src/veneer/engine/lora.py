@@ -240,7 +240,8 @@ class LoraStack:
         slots = [s.slot for s in flat.segments]
         if published and self.thin is not None:
             thick = [None if slot is None or self.thin.ranks[slot] else self._parts(slot, 1, published) for slot in slots]
-            return RowWise(self.thin, self.rows.published.numpy(), self.thin.slots(flat.segments, counts), Active(counts, thick))
+            by_segment = Active(counts, thick) if any(thick) else Active([], [])
+            return RowWise(self.thin, self.rows.published.numpy(), self.thin.slots(flat.segments, counts), by_segment)
         if len(set(counts)) == 1 and counts[0] >= TILE and sum(counts) == len(flat.tokens) and self.stackable(slots):
             return Active([len(flat.tokens)], [self._parts(slots[0], len(slots), published)])
         return Active(counts, [self._parts(slot, 1, published) for slot in slots])

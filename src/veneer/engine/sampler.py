@@ -19,7 +19,7 @@ ROWS = {"cpu": 512, "cuda": 1024}
 PROMPT_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Prompt tokens that join one step; a single longer prompt is still read whole."""
 ENOUGH = 64
-"""Rows for a thread of its own: below about so many, a step reads weights longer than it computes, and threads share the products."""
+"""Rows for a thread of its own: with fewer, two threads wait for the interpreter as long as they save, so they share the products."""
 
 Outcome = list[SampleRequest] | Exception
 
