@@ -6,7 +6,7 @@ Ragged lists carry their axes in their names: ``rewards_G`` is a list over the m
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, Protocol, Required, TypedDict, TypeVar, runtime_checkable
 
@@ -148,6 +148,42 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """Another adapter acts on the tokens from some place on: a behaviour for a span of one context (activated LoRA,
+    https://arxiv.org/abs/2504.12397). Keys and values before that place stay as they are."""
+
+    adapter: str | None
+    """None: the base alone."""
+    at: int | None = None
+    """The position in the prompt from which it acts."""
+    after: tuple[int, ...] = ()
+    """Or: it acts from the last of these tokens on, once a completion has drawn them one after the other."""
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """The likeliest tokens at some places, sorted by log-probability."""
+
+    tokens: NDArray[np.int64]
+    """[places, k]"""
+    logprobs: Floats
+    """[places, k]"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a completion has drawn since the last piece."""
+
+    index: int
+    """Of the completion, from 0 to n - 1."""
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    top_logprobs: TopLogprobs | None = None
+    stop_reason: Literal["stop", "length"] | None = None
+    """None: it goes on."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One completion, with the evidence of what produced it."""
 
@@ -160,6 +196,16 @@ class Sample:
     """None: the base alone."""
     prompt_logprobs: Floats | None = None
     """[len(prompt)] at temperature 1; the first entry is NaN."""
+    top_logprobs: TopLogprobs | None = None
+    """[len(tokens), k] of the distribution that was sampled."""
+    prompt_top_logprobs: TopLogprobs | None = None
+    """[len(prompt), k] at temperature 1; the first row is zeros and NaN."""
+    prompt_target_logprobs: Floats | None = None
+    """[len(prompt) - 1, K] at temperature 1, of the targets asked for; NaN where the target was -1."""
+    switches: tuple[tuple[int, Adapter | None], ...] = ()
+    """Which adapter acted from which position of prompt and completion on, beside ``adapter``, which acted first."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there already."""
 
 
 # ---------------------------------------------------------------- training records
@@ -207,7 +253,8 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True)
 class Datum:
-    """One row to train on: five arrays of equal length N. Position i reads ``tokens[i]`` and predicts ``targets[i]``."""
+    """One row to train on. Position i reads ``tokens[i]`` and predicts ``targets[i]``: tokens [N], and all other arrays [N], or
+    [N, K] for K weighted targets a position (soft targets)."""
 
     tokens: Tokens
     targets: Tokens
@@ -218,11 +265,16 @@ class Datum:
     """The weight of each target: 1 where the model is responsible for it, 0 on all that was not sampled."""
     adapter: Adapter | None = None
     """The published version that was sampled; None for data that no policy of ours produced."""
+    per_token: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
+    """Settings of a loss that differ from token to token, by name; each in the shape of the targets."""
 
     def __post_init__(self) -> None:
-        lengths = {len(a) for a in (self.tokens, self.targets, self.logprobs, self.advantages, self.mask)}
-        if len(lengths) != 1 or 0 in lengths:
-            raise DataError(f"a datum needs five arrays of one length of at least 1, got lengths {sorted(lengths)}")
+        shapes = {a.shape for a in (self.targets, self.logprobs, self.advantages, self.mask, *self.per_token.values())}
+        if len(shapes) != 1 or self.targets.shape[:1] != self.tokens.shape or self.targets.ndim > 2 or not self.targets.size:
+            raise DataError(
+                f"a datum needs tokens [N] and all other arrays in one shape, [N] or [N, K], with at least one entry; "
+                f"got tokens {self.tokens.shape} and {sorted(shapes)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -240,8 +292,8 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """Per datum the log-probability of every target [N], in request order, NaN where the mask is 0 and none is computed;
-    and sums or means over the whole request."""
+    """Per datum the log-probability of every target, in request order and in the targets' shape, NaN where none is computed: at
+    positions whose mask is 0, unless ``everywhere`` was asked for; and sums or means over the whole request."""
 
     logprobs_D: Sequence[Floats]
     metrics: Mapping[str, float]
@@ -295,25 +347,54 @@ class Engine(Protocol):
     def remove_adapter(self, name: str) -> None: ...
 
     def sample(
-        self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
+        self,
+        prompt: Tokens,
+        adapter: str | None,
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        prompt_logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_top_logprobs: int = 0,
+        prompt_targets: Tokens | None = None,
+        switches: Sequence[Switch] = (),
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> Future[list[Sample]]:
-        """Draw n completions from the adapter's published version, or from the base if ``adapter`` is None."""
+        """Draw n completions from the adapter's published version, or from the base if ``adapter`` is None.
+
+        ``top_logprobs`` and ``prompt_top_logprobs``: how many of the likeliest tokens to report at each place. ``prompt_targets``
+        int64 [len(prompt) - 1, K]: tokens whose log-probability behind each prompt token but the last is wanted, -1 for none.
+        ``switches``: which adapters act from where on, in order. ``on_piece`` is called on the thread that runs ``step``."""
         ...
 
     def forward(
-        self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str | None,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> Future[ForwardBackwardOutput]:
-        """Losses and log-probabilities of the training weights, no gradient."""
+        """Losses and log-probabilities of the training weights, no gradient. ``everywhere``: log-probabilities also where the mask
+        is 0."""
         ...
 
     def forward_backward(
-        self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> Future[ForwardBackwardOutput]:
         """As ``forward``, and add the gradient of the summed loss to the adapter's."""
         ...
 
-    def optim_step(self, adapter: str, params: AdamParams) -> Future[dict[str, float]]:
-        """Apply the gathered gradient, clear it, and count the version up by one."""
+    def optim_step(self, adapter: str, params: AdamParams, *, need_gradient: bool = True) -> Future[dict[str, float]]:
+        """Apply the gathered gradient, clear it, and count the version up by one. Without any ``forward_backward`` since the last step
+        it is refused, unless ``need_gradient`` is false: then the moments alone move the weights."""
         ...
 
     def publish(self, adapter: str) -> Future[Adapter]:
