@@ -310,6 +310,14 @@ class Future(Awaitable[T_co], Protocol[T_co]):
 
     def result(self) -> T_co: ...
 
+    def cancel(self) -> bool:
+        """Give the request up. False: it is answered already."""
+        ...
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Call ``callback`` with this future when it is answered, on the thread that runs ``step``; at once if it is."""
+        ...
+
     def __await__(self) -> Generator[Any, None, T_co]: ...
 
 
@@ -395,6 +403,10 @@ class Engine(Protocol):
     def optim_step(self, adapter: str, params: AdamParams, *, need_gradient: bool = True) -> Future[dict[str, float]]:
         """Apply the gathered gradient, clear it, and count the version up by one. Without any ``forward_backward`` since the last step
         it is refused, unless ``need_gradient`` is false: then the moments alone move the weights."""
+        ...
+
+    def zero_grad(self, adapter: str) -> Future[None]:
+        """Drop the gathered gradient."""
         ...
 
     def publish(self, adapter: str) -> Future[Adapter]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-VERBS = ("quickstart", "train", "eval", "sample", "runs", "adapters")
+VERBS = ("quickstart", "train", "eval", "sample", "serve", "runs", "adapters")
 
 
 class LazyGroup(click.Group):

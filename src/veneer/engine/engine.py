@@ -242,6 +242,14 @@ class LocalEngine:
                     f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
                 )
 
+    def zero_grad(self, adapter: str) -> EngineFuture[None]:
+        return self._enqueue_barrier(adapter, lambda: self._zero_grad(adapter))
+
+    def _zero_grad(self, name: str) -> None:
+        slot = self._slot(name)
+        slot.pending_tokens = 0
+        self._stack.rows.grads[slot.slot].zero_()
+
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
         return self._enqueue_barrier(adapter, lambda: self._publish(adapter), changes_samples=True)
 
@@ -404,9 +412,7 @@ class LocalEngine:
                 self._slot(name).pending_tokens += output.metrics["tokens:sum"]
             request.future.set_result(output)
         for name in spoilt:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
-            slot = self._slot(name)
-            slot.pending_tokens = 0
-            self._stack.rows.grads[slot.slot].zero_()
+            self._zero_grad(name)
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
         total = self._stack.rows.grads[slot]

@@ -25,12 +25,27 @@ class EngineFuture(Generic[T]):
         self._value: T | None = None
         self._error: BaseException | None = None
         self._done = False
+        self._callbacks: list[Callable[[EngineFuture[T]], None]] = []
 
     def set_result(self, value: T) -> None:
         self._value, self._done = value, True
+        self._tell()
 
     def set_error(self, error: BaseException) -> None:
         self._error, self._done = error, True
+        self._tell()
+
+    def _tell(self) -> None:
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+    def add_done_callback(self, callback: Callable[[EngineFuture[T]], None]) -> None:
+        """Call it with this future when it is answered, on the thread that answers; at once if it is."""
+        if self._done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
 
     def done(self) -> bool:
         return self._done

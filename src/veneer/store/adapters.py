@@ -33,8 +33,9 @@ UNSUPPORTED = (
 )
 
 
-def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint. ``facts`` go into ``veneer.json``: environment, seeds, scores, parent, digests of tokenizer and template."""
+def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Write a checkpoint; ``durable`` is ``new_folder``'s. ``facts`` go into ``veneer.json``: environment, seeds, scores, parent,
+    digests of tokenizer and template."""
     manifest = {
         "format": 1,
         "kind": checkpoint.kind,
@@ -43,7 +44,7 @@ def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]
         "optimizer_digest": digest_arrays(checkpoint.optimizer) if checkpoint.optimizer else None,
         **facts,
     }
-    with new_folder(folder) as aside:
+    with new_folder(folder, durable=durable) as aside:
         if checkpoint.config is None:
             _save(checkpoint.weights, aside / FULL_WEIGHTS)
         else:

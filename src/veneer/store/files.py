@@ -41,15 +41,16 @@ def storage_errors(path: Path) -> Generator[None, None, None]:
 
 
 @contextmanager
-def new_folder(target: Path) -> Generator[Path, None, None]:
-    """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced."""
+def new_folder(target: Path, *, durable: bool = True) -> Generator[Path, None, None]:
+    """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced. Without ``durable``
+    it outlives the process at any moment, but perhaps not a power cut."""
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{target.name}-", dir=target.parent))
         try:
             os.chmod(aside, 0o755)
             yield aside
-            for path in aside.iterdir():
+            for path in aside.iterdir() if durable else ():
                 sync(path)
             if target.exists():
                 old = aside.with_name(aside.name + ".old")
@@ -58,7 +59,8 @@ def new_folder(target: Path) -> Generator[Path, None, None]:
                 shutil.rmtree(old)
             else:
                 aside.rename(target)
-            sync(target.parent)
+            if durable:
+                sync(target.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

@@ -1,0 +1,75 @@
+"""From names of bases to a running server."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import uvicorn
+
+from veneer.cli.assemble import PATIENCE
+from veneer.engine import LoraEngine, load_base, set_threads
+from veneer.render import Renderer
+from veneer.server.app import make_app
+from veneer.server.bases import Bases, Served
+from veneer.server.shelf import Shelf
+from veneer.server.worker import Worker
+from veneer.store.files import veneer_home
+from veneer.types import ConfigError, RunError, SamplingParams
+
+GRACE = 5
+"""Seconds that open connections get when the server ends."""
+
+
+def serve(bases: Sequence[str], aliases: Sequence[str], host: str, port: int, threads: int | None, device: str) -> None:
+    """Run until SIGINT or SIGTERM."""
+    names = _names(bases, aliases)
+    listening = _listen(host, port)
+    set_threads(threads or os.cpu_count() or 1)
+    engines = {base: LoraEngine(load_base(base, device), patience=PATIENCE) for base in names}
+    for engine in engines.values():
+        _warm_up(engine)
+    worker = Worker(list(engines.values()))
+    served = []
+    for base, engine in engines.items():
+        assert engine.base.tokenizer is not None
+        served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
+    app = make_app(Bases(served), worker, veneer_home() / "server")
+    gc.freeze()
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, timeout_keep_alive=75)
+    where = f"http://{host}:{listening.getsockname()[1]}"
+    print(f"veneer: serving {', '.join(name for base in names for name in names[base])} on {where}", file=sys.stderr, flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _names(bases: Sequence[str], aliases: Sequence[str]) -> dict[str, list[str]]:
+    """Each base with all its names."""
+    names = {base: [base] for base in bases}
+    for alias in aliases:
+        name, equals, base = alias.partition("=")
+        if not (name and equals and base in names):
+            raise ConfigError(f"--alias {alias}: write NAME=BASE, with one of the bases {', '.join(names)}")
+        if any(name in others for others in names.values()):
+            raise ConfigError(f"--alias {alias}: {name!r} is a name already")
+        names[base].append(name)
+    return names
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        raise RunError(f"cannot listen on {host} port {port}: {error.strerror}; give another --port") from error
+    return listening
+
+
+def _warm_up(engine: LoraEngine) -> None:
+    """Answer once, so that the first client does not wait for loops to be compiled."""
+    engine.sample(np.zeros(1, np.int64), None, SamplingParams(max_tokens=2)).result()

@@ -1,0 +1,21 @@
+"""``veneer serve``."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("serve", short_help="Train and answer over HTTP: the Tinker protocol and the OpenAI API.")
+@click.option(
+    "--base", "bases", multiple=True, default=("nano",), show_default=True, help="A Hugging Face name, a folder, or nano. Repeatable."
+)
+@click.option("--alias", "aliases", multiple=True, metavar="NAME=BASE", help="Another name for a base. Repeatable.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8321, show_default=True, help="0 takes a free one.")
+@click.option("--threads", type=click.IntRange(1), help="Of the engines. All cores unless said otherwise.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
+def command(bases: tuple[str, ...], aliases: tuple[str, ...], host: str, port: int, threads: int | None, device: str) -> None:
+    """Hold bases in memory; train and serve adapters on them. State is in $VENEER_HOME/server and outlives the process."""
+    from veneer.cli.hosting import serve
+
+    serve(bases, aliases, host, port, threads, device)
