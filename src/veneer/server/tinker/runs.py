@@ -72,12 +72,15 @@ class Run:
         self._early[promise.seq] = promise
         self._arrived.set()
 
-    async def close(self) -> None:
-        """Stop. What was not finished is done again when the run comes back."""
+    def stop(self) -> None:
+        """What was not finished is done again when the run comes back."""
         self._work.cancel()
-        await asyncio.gather(self._work, *self._passes, return_exceptions=True)
-        if self._saving is not None:
-            await asyncio.gather(self._saving, return_exceptions=True)
+        for task in self._passes:
+            task.cancel()
+
+    async def stopped(self) -> None:
+        tasks = [self._work, *self._passes, *([] if self._saving is None else [self._saving])]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------ the sequence
 

@@ -57,7 +57,7 @@ class Sampling:
         return sampler_id
 
     async def from_run(self, run: RunRow, checkpoint: Checkpoint, promise: Promise, body: requests.SaveWeightsForSampler) -> str:
-        """A session on a run's weights as they are now. Sessions in flight follow every such save of their run."""
+        """A session on a run's weights as they are now. Those in flight share the weights of their run's newest save of that kind."""
         digest, session = checkpoint.adapter.digest, run.session_id
         folder = self.folder / digest
         if not folder.is_dir():
@@ -65,7 +65,7 @@ class Sampling:
         seq = body.sampling_session_seq_id
         sampler_id = f"{session}:sample:{f'op-{promise.target}-{promise.seq}' if seq is None else seq}"
         sampler = SamplerRow(sampler_id, session, run.owner, run.base, body.kind, None, run.id, digest, str(folder), time.time())
-        followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == "inflight"]
+        followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == body.kind == "inflight"]
         for follower in followers:
             follower.digest, follower.folder = digest, str(folder)
         await self.journal.write(*(put(row) for row in [*followers, sampler]))

@@ -72,7 +72,9 @@ class Tinker:
     async def close(self) -> None:
         if self._tidying is not None:
             self._tidying.cancel()
-        await asyncio.gather(*(run.close() for run in self._runs.values()), return_exceptions=True)
+        for run in self._runs.values():
+            run.stop()
+        await asyncio.gather(*(run.stopped() for run in self._runs.values()))
         await asyncio.to_thread(self.journal.close)
 
     async def _tidy(self) -> None:
@@ -109,10 +111,13 @@ class Tinker:
         run = self._runs.pop(row.id, None)
         if run is None:
             return
-        await run.close()
-        engine = run.served.engine
-        if run.failed is None:
-            await run.served.shelf.worker.run(lambda: engine.remove_adapter(row.id))
+        run.stop()
+        removed = None
+        if run.failed is None:  # asked for before anything is awaited, so before the run can come back
+            removed = run.served.shelf.worker.run(lambda: run.served.engine.remove_adapter(row.id))
+        await run.stopped()
+        if removed is not None:
+            await removed
 
     # ------------------------------------------------ sessions
 
