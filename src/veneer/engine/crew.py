@@ -16,11 +16,12 @@ from torch import Tensor
 from veneer.engine import compiled
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.base import Base, Head
-from veneer.engine.batch import Batch, Completion, SampleRequest
+from veneer.engine.batch import Batch
 from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, Shared, StepLayout, capacity_for
 from veneer.engine.draws import Chooser, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
 from veneer.engine.logprobs import target_logprobs
+from veneer.engine.request import Completion, SampleRequest
 from veneer.types import RunError
 
 T = TypeVar("T")

@@ -12,7 +12,6 @@ import torch
 
 from veneer.digest import digest_adapter
 from veneer.engine.base import Base
-from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.full import FullStack
 from veneer.engine.lanes import Lanes
 from veneer.engine.lora import LoraStack
@@ -20,6 +19,7 @@ from veneer.engine.losses import resolve_loss
 from veneer.engine.memory import out_of_memory, total_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
+from veneer.engine.request import Completion, SampleRequest
 from veneer.engine.sampler import Sampler
 from veneer.engine.trainer import Trainer, to_output
 from veneer.types import (
@@ -34,6 +34,7 @@ from veneer.types import (
     ForwardBackwardOutput,
     LoraConfig,
     LossName,
+    Piece,
     RequestError,
     RunError,
     Sample,
@@ -132,11 +133,18 @@ class LocalEngine:
     # ------------------------------------------------ passes
 
     def sample(
-        self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
+        self,
+        prompt: Tokens,
+        adapter: str | None,
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        prompt_logprobs: bool = False,
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> EngineFuture[list[Sample]]:
         self._check_prompt(prompt, params, n)
         self._check_known(adapter)
-        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), None, params, n, prompt_logprobs)
+        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), None, params, n, prompt_logprobs, on_piece)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
 
     def forward(
@@ -381,8 +389,11 @@ class LocalEngine:
         if self._sampler.idle:
             return 0
         done = self._sampler.step()
+        self._tell()
         for sample in done:
-            request = self._sampling.pop(sample)
+            request = self._sampling.pop(sample, None)
+            if request is None:  # given up while it was told
+                continue
             published = None if request.adapter is None else self._slot(request.adapter).published
             request.future.set_result([self._to_sample(row, published, sample.scores) for row in sample.rows])
         failed, self._sampler.failed = self._sampler.failed, []
@@ -390,10 +401,25 @@ class LocalEngine:
             _fail([self._sampling.pop(sample)], error)
         return len(done) + len(failed)
 
+    def _tell(self) -> None:
+        """Hand over what was drawn since the last time to those who listen."""
+        for sample, request in list(self._sampling.items()):
+            if sample.on_piece is None:
+                continue
+            try:
+                for piece in sample.pieces():
+                    if request.future.done():
+                        break
+                    sample.on_piece(piece)
+            except Exception as error:
+                if sample in self._sampling:
+                    self._stop_sampling(sample)
+                    request.future.set_error(error)
+
     def _to_sample(self, row: Completion, published: Adapter | None, prompt_logprobs: Floats | None) -> Sample:
         tokens, logprobs = np.array(row.tokens, np.int64), np.array(row.logprobs, np.float32)
-        reason: Literal["stop", "length"] = "stop" if row.stop_reason == "stop" else "length"
-        return Sample(tokens, logprobs, reason, self.base_id, published, prompt_logprobs)
+        assert row.stop_reason is not None
+        return Sample(tokens, logprobs, row.stop_reason, self.base_id, published, prompt_logprobs)
 
     def _run_passes(self, requests: list[Request]) -> None:
         passes = [(r, r.train) for r in requests if r.train is not None]

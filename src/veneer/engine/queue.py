@@ -9,8 +9,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from veneer.engine.batch import SampleRequest
 from veneer.engine.packing import PassRequest
+from veneer.engine.request import SampleRequest
 from veneer.types import AdamParams
 
 T = TypeVar("T")
