@@ -71,7 +71,7 @@ class Batch:
             column([0] * line).index_copy_(0, at, column([row.tokens[-1] for row in rows])),
             column([0] * line).index_copy_(0, at, column([row.position for row in rows])),
             uniforms(column([row.key for row in rows]).expand(DRAWS, -1), counts),
-            Chooser([row.request.params for row in rows], device),
+            Chooser([row.request.params for row in rows], device, [row.request.top_logprobs for row in rows]),
             _homes(rows, places, device),
             min([DRAWS, *(row.left for row in rows)]),
             base.context_length - 1,
