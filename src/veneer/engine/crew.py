@@ -6,6 +6,7 @@ of each row. A crew needs nothing of another, so two of them run on two threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -62,7 +63,9 @@ class Crew:
         self.starting: list[list[Completion]] = []
         """Rows that the next pass lets in, by adapter and prompt."""
         self.stale = False
-        """A request was cancelled: its rows leave before the next pass."""
+        """Some rows must leave before the next pass."""
+        self.failed: list[SampleRequest] = []
+        """For the sampler to take away."""
         self.given_up = False
 
     @property
@@ -125,6 +128,9 @@ class Crew:
             self.starting.sort(key=lambda group: -1 if group[0].request.slot is None else group[0].request.slot)
             fresh = [row for group in self.starting for row in group]
             self._take(fresh, self._read(self.starting), ending)
+            for request in {row.request: None for row in fresh}:
+                if request.scores is not None and not request.scores.finite(request.wish):
+                    self._fail(request)
             self.starting = []
             ending |= {row.request: None for row in fresh if not row.budget}
             for row in fresh:
@@ -140,15 +146,31 @@ class Crew:
     def _take(self, rows: Sequence[Completion], drawn: Drawn, ending: dict[SampleRequest, None]) -> None:
         if self.given_up:
             raise RunError("this pass was given up")  # its thread was left behind, and its rows have started anew
+        told = drawn.logprobs.tolist()
+        if not math.isfinite(sum(told)):
+            self._reject([row for row, logprob in zip(rows, told, strict=True) if not math.isfinite(logprob)])
         for found in drawn.likeliest:
             for i, tokens, logprobs in zip(found.rows, found.tokens, found.logprobs, strict=True):
                 if not rows[i].ended:
                     rows[i].likeliest.append((tokens, logprobs))
-        for row, token, logprob in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
+        for row, token, logprob in zip(rows, drawn.tokens.tolist(), told, strict=True):
             if not row.ended:
                 self._append(row, token, logprob)
                 if row.stop_reason is not None:
                     ending[row.request] = None
+
+    def _reject(self, rows: Sequence[Completion]) -> None:
+        """These drew from what is no distribution. Some may have ended before, and are still in the batch."""
+        self.stale = True
+        for row in rows:
+            row.spoilt = True
+            if not row.ended:
+                self._fail(row.request)
+
+    def _fail(self, request: SampleRequest) -> None:
+        request.fail()
+        self.failed.append(request)
+        self.stale = True
 
     def _step(self) -> Drawn:
         """Run the model on the newest token of every row."""
@@ -237,6 +259,8 @@ class Crew:
 
     def _leave(self, row: Completion) -> None:
         if row.bank is not None:
+            if row.spoilt:
+                row.bank.wipe(row.place)
             row.bank.release([row.place])
             row.bank = None
         if row.shared is not None:

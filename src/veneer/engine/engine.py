@@ -19,7 +19,7 @@ from veneer.engine.losses import resolve_loss
 from veneer.engine.memory import out_of_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
-from veneer.engine.request import Completion, SampleRequest, check_request
+from veneer.engine.request import Acting, Completion, SampleRequest, check_request
 from veneer.engine.sampler import Sampler
 from veneer.engine.scores import PromptScores, PromptWish
 from veneer.engine.trainer import Trainer, to_output
@@ -147,7 +147,7 @@ class LocalEngine:
     ) -> EngineFuture[list[Sample]]:
         targets = None if prompt_targets is None else np.array(prompt_targets, np.int64)
         wish = PromptWish(prompt_logprobs, prompt_top_logprobs, targets)
-        request = SampleRequest(np.array(prompt, np.int64), None, params, n, wish, top_logprobs, on_piece)
+        request = SampleRequest(np.array(prompt, np.int64), params, n, wish, top_logprobs, on_piece)
         check_request(request, self.base)
         self._check_known(adapter)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
@@ -357,15 +357,16 @@ class LocalEngine:
     def _bind(self, request: Request) -> bool:
         """Look the adapter up now: a load that was queued ahead may have replaced it. False: it cannot run, and the future says why."""
         try:
-            slot = None if request.adapter is None else self._slot(request.adapter).slot
+            slot = None if request.adapter is None else self._slot(request.adapter)
             if request.adapter is not None and request.train is not None and request.train.backward:
                 self._check_provenance(request.adapter, request.train.data)
         except (AdapterError, AttestationError) as error:
             request.future.set_error(error)
             return False
-        for work in (request.sample, request.train):
-            if work is not None:
-                work.slot = slot
+        if request.train is not None:
+            request.train.slot = None if slot is None else slot.slot
+        if request.sample is not None:
+            request.sample.acting = Acting(None, None) if slot is None else Acting(slot.slot, slot.published)
         return True
 
     def _run_sampler(self) -> int:
@@ -378,17 +379,18 @@ class LocalEngine:
             request = self._sampling.pop(sample, None)
             if request is None:  # given up while it was told
                 continue
-            published = None if request.adapter is None else self._slot(request.adapter).published
-            request.future.set_result([self._to_sample(row, published) for row in sample.rows])
+            request.future.set_result([self._to_sample(row) for row in sample.rows])
         failed, self._sampler.failed = self._sampler.failed, []
         for sample, error in failed:
-            _fail([self._sampling.pop(sample)], error)
+            request = self._sampling.pop(sample, None)
+            if request is not None:
+                _fail([request], error)
         return len(done) + len(failed)
 
     def _tell(self) -> None:
         """Hand over what was drawn since the last time to those who listen."""
         for sample, request in list(self._sampling.items()):
-            if sample.on_piece is None:
+            if sample.on_piece is None or sample.cancelled:
                 continue
             try:
                 for piece in sample.pieces():
@@ -400,7 +402,7 @@ class LocalEngine:
                     self._stop_sampling(sample)
                     request.future.set_error(error)
 
-    def _to_sample(self, row: Completion, published: Adapter | None) -> Sample:
+    def _to_sample(self, row: Completion) -> Sample:
         assert row.stop_reason is not None
         scores = row.request.scores or PromptScores()
         return Sample(
@@ -408,7 +410,7 @@ class LocalEngine:
             np.array(row.logprobs, np.float32),
             row.stop_reason,
             self.base_id,
-            published,
+            row.request.acting.adapter,
             scores.logprobs,
             row.top_logprobs(),
             scores.top,

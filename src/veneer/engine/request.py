@@ -13,22 +13,32 @@ from veneer.engine.base import Base
 from veneer.engine.cache import Bank, Shared
 from veneer.engine.memory import total_memory
 from veneer.engine.scores import PromptScores, PromptWish
-from veneer.types import DataError, Floats, Piece, RequestError, SamplingParams, Tokens, TopLogprobs
+from veneer.types import Adapter, DataError, Floats, Piece, RequestError, RunError, SamplingParams, Tokens, TopLogprobs
 
 StopReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What acts on tokens: the published version of an adapter, or the base alone."""
+
+    slot: int | None
+    adapter: Adapter | None
 
 
 @dataclass(eq=False)
 class SampleRequest:
     prompt: Tokens
-    slot: int | None
-    """Bound by the engine when the request's turn comes."""
     params: SamplingParams
     n: int
     wish: PromptWish
     top_logprobs: int = 0
     on_piece: Callable[[Piece], None] | None = None
+    acting: Acting = Acting(None, None)
+    """Bound by the engine when the request's turn comes."""
     cancelled: bool = False
+    failure: RunError | None = None
+    """Why it was given up."""
     answered: bool = False
     """It is done and the engine knows; ended rows may still be in the batch."""
     waiting: int = 0
@@ -38,6 +48,17 @@ class SampleRequest:
     rows: list[Completion] = field(default_factory=list["Completion"], repr=False)
     told: dict[int, Told] = field(default_factory=dict[int, "Told"], repr=False)
     """Of each completion, by index. Rows that start anew draw the same again, which is not told again."""
+
+    @property
+    def slot(self) -> int | None:
+        return self.acting.slot
+
+    def fail(self) -> None:
+        """Give it up, because of numbers that are none."""
+        adapter = self.acting.adapter
+        who = "the base" if adapter is None else f"version {adapter.version} of adapter {adapter.name!r}"
+        self.failure = RunError(f"{who} gives log-probabilities that are not finite; go back to weights that are sound")
+        self.cancelled = True
 
     @property
     def done(self) -> bool:
@@ -76,6 +97,8 @@ class Completion:
     likeliest: list[tuple[Tokens, Floats]] = field(default_factory=list[tuple[Tokens, Floats]])
     """Tokens [k] and log-probabilities [k] at each place, if asked for."""
     stop_reason: StopReason | None = None
+    spoilt: bool = False
+    """It has keys or values that are not finite."""
     bank: Bank | None = None
     place: int = 0
     """Its slot in the bank."""

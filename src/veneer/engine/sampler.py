@@ -84,6 +84,7 @@ class Sampler:
             outcomes = self._run([crew for crew in self.crews if crew.rows])
         except Exception as error:
             outcomes = list[Outcome]([error])
+        self._take_failures()
         done = [request for outcome in outcomes if not isinstance(outcome, Exception) for request in outcome]
         for request in done:
             request.answered = True
@@ -146,6 +147,15 @@ class Sampler:
             min(crews, key=lambda crew: len(crew.rows)).start(piece)
 
     # ------------------------------------------------ trouble
+
+    def _take_failures(self) -> None:
+        """Requests that their crews gave up: their rows leave all crews."""
+        for request in [request for crew in self.crews for request in crew.failed]:
+            assert request.failure is not None
+            self.failed.append((request, request.failure))
+            self.cancel(request)
+        for crew in self.crews:
+            crew.failed.clear()
 
     def _retreat(self, error: Exception) -> None:
         """A pass failed: start its rows anew, half as many at a time; draws do not depend on the company, so nothing is lost but
