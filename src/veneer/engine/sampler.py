@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.engine.base import Base
-from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.crew import Crew, Weights
 from veneer.engine.draws import sequence_key
 from veneer.engine.lanes import Lanes
 from veneer.engine.memory import out_of_memory
+from veneer.engine.request import Completion, SampleRequest
 
 ROWS = {"cpu": 512, "cuda": 1024}
 """Completions that decode together."""
@@ -84,6 +84,7 @@ class Sampler:
             outcomes = self._run([crew for crew in self.crews if crew.rows])
         except Exception as error:
             outcomes = list[Outcome]([error])
+        self._take_failures()
         done = [request for outcome in outcomes if not isinstance(outcome, Exception) for request in outcome]
         for request in done:
             request.answered = True
@@ -127,7 +128,8 @@ class Sampler:
         params = request.params
         budget = min(params.max_tokens, self.base.context_length - len(request.prompt))
         stop_tokens = frozenset(self.base.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids)
-        rows = [Completion(request, budget, sequence_key(params.seed, first + i), stop_tokens) for i in range(count)]
+        indices = range(first, first + count)
+        rows = [Completion(request, i, budget, sequence_key(params.seed, i), stop_tokens) for i in indices]
         if budget == 0:
             for row in rows:
                 row.stop_reason = "length"
@@ -145,6 +147,15 @@ class Sampler:
             min(crews, key=lambda crew: len(crew.rows)).start(piece)
 
     # ------------------------------------------------ trouble
+
+    def _take_failures(self) -> None:
+        """Requests that their crews gave up: their rows leave all crews."""
+        for request in [request for crew in self.crews for request in crew.failed]:
+            assert request.failure is not None
+            self.failed.append((request, request.failure))
+            self.cancel(request)
+        for crew in self.crews:
+            crew.failed.clear()
 
     def _retreat(self, error: Exception) -> None:
         """A pass failed: start its rows anew, half as many at a time; draws do not depend on the company, so nothing is lost but
