@@ -21,7 +21,7 @@ from veneer.engine.batch import Batch
 from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, Shared, StepLayout, capacity_for
 from veneer.engine.draws import Chooser, Drawn, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
-from veneer.engine.request import Completion, SampleRequest
+from veneer.engine.request import Acting, Completion, SampleRequest
 from veneer.engine.scores import score_prompt
 from veneer.types import RunError
 
@@ -53,6 +53,11 @@ class Weights(Protocol):
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]: ...
 
 
+def _rank(acting: Acting) -> int:
+    """Tokens of one adapter lie together."""
+    return -1 if acting.slot is None else acting.slot
+
+
 class Crew:
     def __init__(self, base: Base, weights: Weights) -> None:
         self.base, self.weights = base, weights
@@ -64,6 +69,8 @@ class Crew:
         """Rows that the next pass lets in, by adapter and prompt."""
         self.stale = False
         """Some rows must leave before the next pass."""
+        self.switched = False
+        """For some row another adapter acts from the next step on."""
         self.failed: list[SampleRequest] = []
         """For the sampler to take away."""
         self.given_up = False
@@ -95,7 +102,7 @@ class Crew:
     def _sorted(self, rows: list[Completion]) -> Batch:
         outgrown = [row for row in rows if row.left <= 0]
         self._move(outgrown)
-        order = sorted(rows, key=lambda row: (-1 if row.request.slot is None else row.request.slot, id(row.bank), row.place))
+        order = sorted(rows, key=lambda row: (_rank(row.acting), id(row.bank), row.place))
         return self._gather(order)
 
     def start(self, rows: list[Completion]) -> None:
@@ -125,22 +132,24 @@ class Crew:
         """Read the prompts of the rows that start, and draw a token for every row; returns the requests that are done by it."""
         ending: dict[SampleRequest, None] = {}
         if self.starting:
-            self.starting.sort(key=lambda group: -1 if group[0].request.slot is None else group[0].request.slot)
+            self.starting.sort(key=lambda group: _rank(group[0].request.spans[0].acting))
             fresh = [row for group in self.starting for row in group]
             self._take(fresh, self._read(self.starting), ending)
-            for request in {row.request: None for row in fresh}:
-                if request.scores is not None and not request.scores.finite(request.wish):
-                    self._fail(request)
+            for row in {row.request: row for row in fresh}.values():
+                if row.request.scores is not None and not row.request.scores.finite(row.request.wish):
+                    self._fail(row)
             self.starting = []
             ending |= {row.request: None for row in fresh if not row.budget}
             for row in fresh:
                 if row.ended:
                     self._leave(row)
-            self.batch = self._sorted(self.batch.rows + [row for row in fresh if not row.ended])
+            self.batch, self.switched = self._sorted(self.batch.rows + [row for row in fresh if not row.ended]), False
         if self.batch.rows:
             drawn = self._step()
             self._take(self.batch.rows, drawn, ending)
             self.batch.advance(drawn.tokens)
+            if self.switched:
+                self.batch, self.switched = self._sorted(self.batch.rows), False
         return [request for request in ending if request.done and not request.cancelled]
 
     def _take(self, rows: Sequence[Completion], drawn: Drawn, ending: dict[SampleRequest, None]) -> None:
@@ -165,11 +174,11 @@ class Crew:
         for row in rows:
             row.spoilt = True
             if not row.ended:
-                self._fail(row.request)
+                self._fail(row)
 
-    def _fail(self, request: SampleRequest) -> None:
-        request.fail()
-        self.failed.append(request)
+    def _fail(self, row: Completion) -> None:
+        row.request.fail(row.turn)
+        self.failed.append(row.request)
         self.stale = True
 
     def _step(self) -> Drawn:
@@ -182,21 +191,25 @@ class Crew:
 
     def _read(self, started: list[list[Completion]]) -> Drawn:
         """Run the model on the prompts of the rows that start, and draw their first tokens."""
-        device = self.base.device
-        prompts, lines, at = [group[0].request.prompt for group in started], list[Row](), 0
-        for prompt in prompts:
-            lines.append(Row(at, len(prompt)))
-            at += len(prompt)
+        device, at = self.base.device, 0
+        lines, segments, wanted = list[Row](), list[Segment](), list[int]()
         scored = [any(row.request.wish for row in group) for group in started]
-        wanted = [range(0 if all_of_it else len(prompt) - 1, len(prompt)) for prompt, all_of_it in zip(prompts, scored, strict=True)]
-        slots = [group[0].request.slot for group in started]
+        for group, all_of_it in zip(started, scored, strict=True):
+            request = group[0].request
+            length = len(request.prompt)
+            first = 0 if all_of_it else length - 1
+            lines.append(Row(at, length))
+            for span in request.spans:
+                segments.append(Segment(span.acting.slot, span.stop - span.start, max(0, span.stop - max(first, span.start))))
+            wanted += range(at + first, at + length)
+            at += length
         fills = [fill for group, line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
         flat = Flat(
-            filled(np.concatenate(prompts).tolist(), device),
+            filled(np.concatenate([group[0].request.prompt for group in started]).tolist(), device),
             filled([i for line in lines for i in range(line.length)], device),
             PromptLayout(Ragged(lines, device, self.base.window), fills),
-            runs(Segment(slot, line.length, len(places)) for slot, line, places in zip(slots, lines, wanted, strict=True)),
-            torch.tensor([line.start + i for line, places in zip(lines, wanted, strict=True) for i in places], device=device),
+            runs(segments),
+            torch.tensor(wanted, device=device),
         )
         return self.weights.infer(flat, lambda hidden, head: self._start_drawing(hidden, head, started, scored), published=True)
 
@@ -239,6 +252,8 @@ class Crew:
             row.stop_reason = "stop"
         elif len(row.tokens) >= row.budget:
             row.stop_reason = "length"
+        elif row.request.switches and row.switch():
+            self.switched = True
 
     def _ends_with_stop(self, row: Completion) -> bool:
         """Whether the newest token completed a stop text. A token is at least one byte, so a tail of that many tokens is enough."""
