@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,23 +9,26 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from veneer.server.access import CheckAccess
 from veneer.server.bases import Bases
-from veneer.server.errors import Busy, status_of
+from veneer.server.envelope import Envelope, Routes
+from veneer.server.errors import answer, answer_text
+from veneer.server.health import Health, add_health
+from veneer.server.keys import Keys
+from veneer.server.limits import LimitBody, LimitRate, Limits
+from veneer.server.log import AccessLog
+from veneer.server.metrics import Metrics, add_metrics
 from veneer.server.tinker.routes import make_router as tinker_routes
 from veneer.server.tinker.service import Tinker
 from veneer.server.worker import Worker
 from veneer.types import VeneerError
 
-LOG = logging.getLogger("veneer.server")
-PATIENCE = 10.0
-"""Seconds in which the engines' thread must turn for the server to be well."""
 
-
-def make_app(bases: Bases, worker: Worker, home: Path) -> FastAPI:
-    """``home``: where the server keeps its state."""
-    tinker = Tinker(bases, home / "tinker")
+def make_app(bases: Bases, worker: Worker, home: Path, limits: Limits | None = None, log: AccessLog | None = None) -> FastAPI:
+    """``home``: where the server keeps its keys and its state. ``log``: where a line for each request goes, if anywhere."""
+    keys, tinker = Keys(home), Tinker(bases, home / "tinker")
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -35,45 +36,41 @@ def make_app(bases: Bases, worker: Worker, home: Path) -> FastAPI:
         yield
         await tinker.close()
         worker.stop()
+        keys.close()
+        if log is not None:
+            log.close()
 
-    app = FastAPI(title="Veneer", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Veneer", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(tinker_routes(tinker))
-    _add_health(app, worker)
+    add_health(app, Health(worker, tinker.journal))
+    metrics = Metrics(bases, worker, tinker)
+    add_metrics(app, metrics)
     _add_errors(app)
+    _add_checks(app, keys, limits or Limits(), metrics, log)
     return app
 
 
-def _add_health(app: FastAPI, worker: Worker) -> None:
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        """Whether a request would be answered now."""
-        try:
-            await asyncio.wait_for(worker.run(lambda: None), PATIENCE)
-        except TimeoutError:
-            return JSONResponse({"status": "stuck", "detail": f"the engines' thread has not turned for {PATIENCE:g} s"}, 503)
-        return JSONResponse({"status": "ok"})
+def _add_checks(app: FastAPI, keys: Keys, limits: Limits, metrics: Metrics, log: AccessLog | None) -> None:
+    """What every request passes, the last one first: who asks, how often, how much; what any of them raises the envelope answers."""
+    app.add_middleware(LimitBody, limits=limits)
+    if limits.rate is not None:
+        app.add_middleware(LimitRate, rate=limits.rate)
+    app.add_middleware(CheckAccess, keys=keys)
+    app.add_middleware(Envelope, routes=Routes(app), metrics=metrics, log=log)
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Each error is one line of JSON with its status; what is no error of ours is logged and not shown."""
+    """Each error is one line of JSON with its status. What is no error of ours the envelope logs, and does not show."""
 
     @app.exception_handler(VeneerError)
     async def ours(_request: Request, error: VeneerError) -> Response:
-        return _answer(status_of(error), str(error), {"Retry-After": "1"} if isinstance(error, Busy) else None)
+        return answer(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return _answer(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        return answer_text(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> Response:
-        return _answer(error.status_code, str(error.detail), error.headers)
-
-    @app.exception_handler(Exception)
-    async def unknown(_request: Request, error: Exception) -> Response:
-        return _answer(500, "the server failed on this request; its log says more")
-
-
-def _answer(status: int, text: str, headers: object = None) -> Response:
-    return JSONResponse({"detail": " ".join(text.split())}, status, headers)  # type: ignore[arg-type]
+        return answer_text(error.status_code, str(error.detail), error.headers)

@@ -1,8 +1,17 @@
-"""Errors that only a server has, and the status that each error of the tree becomes."""
+"""Errors that only a server has, the status that each error of the tree becomes, and how it is told."""
 
 from __future__ import annotations
 
+import logging
+import math
+import re
+
+from starlette.responses import JSONResponse, Response
+
+from veneer.store.files import veneer_home
 from veneer.types import AttestationError, RequestError, RunError, StorageError, VeneerError
+
+LOG = logging.getLogger("veneer.server")
 
 
 class NotFound(RequestError):
@@ -25,8 +34,20 @@ class TooLarge(RequestError):
     """The body is beyond the limit."""
 
 
+class TooSlow(RequestError):
+    """The body did not come."""
+
+
+class Encoded(RequestError):
+    """The body is packed in a way that is not read here."""
+
+
 class Busy(RunError):
-    """Too much is open already: come back in a second."""
+    """Too much is open already: come back in some seconds."""
+
+    def __init__(self, text: str, seconds: float = 1.0) -> None:
+        super().__init__(text)
+        self.seconds = seconds
 
 
 STATUS: dict[type[VeneerError], int] = {
@@ -35,6 +56,8 @@ STATUS: dict[type[VeneerError], int] = {
     Refused: 401,
     Forbidden: 403,
     TooLarge: 413,
+    TooSlow: 408,
+    Encoded: 415,
     Busy: 429,
     StorageError: 507,
     AttestationError: 500,
@@ -42,7 +65,32 @@ STATUS: dict[type[VeneerError], int] = {
     RunError: 500,
 }
 """The first kind that fits. Never 409, which clients of the Tinker protocol repeat for minutes."""
+UNKNOWN = "the server failed on this request; its log says more"
+"""What is told of an error that is none of ours."""
 
 
 def status_of(error: VeneerError) -> int:
     return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+
+
+def told(error: VeneerError) -> str:
+    """An error in one line for a client, who is not to learn where things lie on the server's disk."""
+    homes = {str(veneer_home()), str(veneer_home().resolve())}
+    own = "|".join(re.escape(home) for home in sorted(homes, key=len, reverse=True))
+    return " ".join(re.sub(rf"(?:{own})(?:/[^\s'\",;:()]*)?", "(a file of the server)", str(error)).split())
+
+
+def answer(error: VeneerError) -> Response:
+    """An error as a response; one that is the server's own stands in its log too, in full."""
+    headers, status = dict[str, str](), status_of(error)
+    if status >= 500:
+        LOG.error("%s", error)
+    if isinstance(error, Busy):
+        headers["Retry-After"] = str(math.ceil(error.seconds))
+    if isinstance(error, Refused):
+        headers["WWW-Authenticate"] = 'Bearer realm="veneer"'
+    return answer_text(status, told(error), headers)
+
+
+def answer_text(status: int, text: str, headers: object = None) -> Response:
+    return JSONResponse({"detail": text}, status, headers)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.server.errors import UNKNOWN, told
 from veneer.server.journal import Journal, Statement
 from veneer.types import RequestError, VeneerError
 
@@ -152,10 +153,10 @@ class Promises:
     def fail(self, promise: Promise, error: BaseException) -> None:
         """Answer with an error: of category user if the request was wrong. What is no error of ours is logged, not shown."""
         if isinstance(error, VeneerError):
-            text, category = str(error), "user" if isinstance(error, RequestError) else "server"
+            text, category = told(error), "user" if isinstance(error, RequestError) else "server"
         else:
             LOG.error("%s %s failed", promise.kind, promise.id, exc_info=error)
-            text, category = "the server failed on this request; its log says more", "server"
+            text, category = UNKNOWN, "server"
         self.resolve(promise, {"error": text, "category": category})
 
     def forget_body(self, *promises: Promise) -> None:

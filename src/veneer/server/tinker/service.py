@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from veneer.server.bases import Bases
+from veneer.server.bases import Bases, Served
 from veneer.server.errors import Busy, Gone, NotFound
 from veneer.server.journal import Journal
 from veneer.server.tinker import requests, wire
@@ -184,6 +184,10 @@ class Tinker:
         run = self._runs.get(row.id)
         return None if run is None else run.failed
 
+    def loaded(self, base: Served) -> int:
+        """How many runs are in memory on a base."""
+        return sum(run.served is base for run in self._runs.values())
+
     def run(self, run_id: str) -> Run:
         """A run at work, woken up from its state if need be."""
         if run_id not in self._runs:
@@ -325,7 +329,7 @@ class Tinker:
 
     def _check_load(self) -> None:
         if self.promises.open >= MOST_OPEN:
-            raise Busy
+            raise Busy(f"{self.promises.open} operations are open already; wait for some of them")
 
     # ------------------------------------------------ answers
 
