@@ -18,7 +18,7 @@ from veneer.render import Renderer
 from veneer.server.access import is_loopback
 from veneer.server.app import make_app
 from veneer.server.bases import Bases, Served
-from veneer.server.connections import Connection
+from veneer.server.connections import settings
 from veneer.server.keys import Keys
 from veneer.server.limits import Limits
 from veneer.server.log import AccessLog
@@ -26,9 +26,6 @@ from veneer.server.shelf import Shelf
 from veneer.server.worker import Worker
 from veneer.store.files import veneer_home
 from veneer.types import ConfigError, RunError, SamplingParams
-
-GRACE = 5
-"""Seconds that open connections get when the server ends."""
 
 
 def serve(
@@ -59,13 +56,9 @@ def serve(
         served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
     app = make_app(Bases(served), worker, home, limits, lines)
     gc.freeze()
-    config = uvicorn.Config(
-        app, http=Connection, ws="none", log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=GRACE, timeout_keep_alive=75,
-    )  # fmt: skip
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"veneer: serving {', '.join(name for base in names for name in names[base])} on {where}", file=sys.stderr, flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(settings(app)).run(sockets=[listening])
 
 
 def _names(bases: Sequence[str], aliases: Sequence[str]) -> dict[str, list[str]]:

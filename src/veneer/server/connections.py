@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 from asyncio import BaseTransport, TimerHandle
 
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 HEAD = 20.0
 """Seconds in which a request's head must be there."""
 MOST_HEAD = 2**16
 """Bytes of one, beyond those that came at once."""
+IDLE = 75
+"""Seconds for which a connection is kept between two requests: longer than the SDKs and proxies keep theirs."""
+GRACE = 5
+"""Seconds that requests under way get when the server ends."""
+
+
+def settings(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn is to run an application. Its own log of requests is off, as the envelope writes one."""
+    return uvicorn.Config(
+        app, http=Connection, ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=IDLE, timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
 
 
 class Connection(HttpToolsProtocol):

@@ -89,6 +89,8 @@ def answer(error: VeneerError) -> Response:
         headers["Retry-After"] = str(math.ceil(error.seconds))
     if isinstance(error, Refused):
         headers["WWW-Authenticate"] = 'Bearer realm="veneer"'
+    if isinstance(error, TooSlow):
+        headers["Connection"] = "close"
     return answer_text(status, told(error), headers)
 
 
