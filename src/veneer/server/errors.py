@@ -67,6 +67,8 @@ STATUS: dict[type[VeneerError], int] = {
 """The first kind that fits. Never 409, which clients of the Tinker protocol repeat for minutes."""
 UNKNOWN = "the server failed on this request; its log says more"
 """What is told of an error that is none of ours."""
+LONGEST = 480
+"""Characters of an answer to a mistake."""
 
 
 def status_of(error: VeneerError) -> int:
@@ -77,7 +79,12 @@ def told(error: VeneerError) -> str:
     """An error in one line for a client, who is not to learn where things lie on the server's disk."""
     homes = {str(veneer_home()), str(veneer_home().resolve())}
     own = "|".join(re.escape(home) for home in sorted(homes, key=len, reverse=True))
-    return " ".join(re.sub(rf"(?:{own})(?:/[^\s'\",;:()]*)?", "(a file of the server)", str(error)).split())
+    return _short(" ".join(re.sub(rf"(?:{own})(?:/[^\s'\",;:()]*)?", "(a file of the server)", str(error)).split()))
+
+
+def _short(text: str) -> str:
+    """What a client sent is quoted, however long it was."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 155]} ... {text[-150:]}"
 
 
 def answer(error: VeneerError) -> Response:
@@ -95,4 +102,4 @@ def answer(error: VeneerError) -> Response:
 
 
 def answer_text(status: int, text: str, headers: object = None) -> Response:
-    return JSONResponse({"detail": text}, status, headers)  # type: ignore[arg-type]
+    return JSONResponse({"detail": _short(text)}, status, headers)  # type: ignore[arg-type]
