@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from serving import Server, hosted
 
-from veneer.server.tinker import wire
+from veneer.server.tinker import service, wire
 
 pytestmark = pytest.mark.xdist_group("tenants")
 API = "/api/v1"
@@ -101,9 +101,7 @@ def posts(a: Tenant, b: Tenant) -> dict[str, list[dict[str, Any]]]:
             {"source_path": public, "session_id": a.session, "model_seq_id": 5},
         ],
         "/get_info": [{"model_id": a.run}],
-        "/create_sampling_session": [
-            {"session_id": a.session, "sampling_session_seq_id": seq, "base_model": "nano"} for seq in (1, 2, 9)
-        ]
+        "/create_sampling_session": [{"session_id": a.session, "sampling_session_seq_id": seq, "base_model": "nano"} for seq in (1, 2, 9)]
         + [{"session_id": b.session, "sampling_session_seq_id": 9, "model_path": path} for path in (private, sampled)],
         "/asample": [{**PROMPT, "sampling_session_id": a.sampler, "seq_id": 0}, {**PROMPT, "sampling_session_id": a.snapshot, "seq_id": 0}]
         + [{**PROMPT, "model_path": path} for path in (private, sampled)],
@@ -176,6 +174,19 @@ def test_what_is_public_may_be_read_and_not_changed(two: tuple[Tenant, Tenant]) 
     assert alice.state() == before
 
 
+def test_a_copy_does_not_take_the_place_of_a_run(two: tuple[Tenant, Tenant]) -> None:
+    """Not even of one's own: the number that a copy is to have may be taken."""
+    alice, _ = two
+    model = {"session_id": alice.session, "model_seq_id": 40, "base_model": "nano", "lora_config": {"rank": 2}}
+    alice.done("/create_model", model)
+    before = alice.state()
+    body = {"source_path": alice.checkpoint("weights", "public"), "session_id": alice.session, "model_seq_id": 40}
+    answer = alice.server.post("/copy_weights", body, alice.key)
+    assert answer.status_code == 400
+    assert "give another model_seq_id" in answer.json()["detail"]
+    assert alice.state() == before
+
+
 def test_a_private_checkpoint_in_an_operation_of_ones_own(two: tuple[Tenant, Tenant]) -> None:
     """The address is the asker's, the path is not: told through the promise."""
     alice, bob = two
@@ -185,6 +196,18 @@ def test_a_private_checkpoint_in_an_operation_of_ones_own(two: tuple[Tenant, Ten
     answer = bob.server.result(bob.post("/load_weights", body)["request_id"], bob.key).json()
     assert answer["category"] == "user"
     assert answer["error"] == f"there is no checkpoint {alice.checkpoint('weights', 'private')!r}"
+
+
+def test_one_tenant_cannot_use_up_what_may_be_open(two: tuple[Tenant, Tenant], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that wait for a number that never comes count for whoever sent them."""
+    monkeypatch.setattr(service, "MOST_OPEN", 10)
+    alice, bob = two
+    waiting = [
+        alice.server.post("/optim_step", {"model_id": alice.run, "seq_id": 1000 + i, "adam_params": {}}, alice.key) for i in range(20)
+    ]
+    assert {answer.status_code for answer in waiting} == {200, 429}
+    assert "operations of yours are open" in waiting[-1].json()["detail"]
+    bob.done("/save_weights", {"model_id": bob.run, "seq_id": 6, "path": "after"})
 
 
 def test_a_link_opens_for_whoever_has_it_and_for_nobody_else(two: tuple[Tenant, Tenant]) -> None:
@@ -197,7 +220,10 @@ def test_a_link_opens_for_whoever_has_it_and_for_nobody_else(two: tuple[Tenant, 
         path = url[url.index(API) :]
         assert alice.server.ask("GET", path).status_code == 200
         folder, _, name = path.rpartition("/")
-        guesses = [f"{folder[:-1]}/{name}", *(f"{folder}/{way}" for way in ("..", "%2e%2e", "%2e%2e%2fstate.sqlite", "%00", "optimizer.safetensors"))]
+        guesses = [
+            f"{folder[:-1]}/{name}",
+            *(f"{folder}/{way}" for way in ("..", "%2e%2e", "%2e%2e%2fstate.sqlite", "%00", "optimizer.safetensors")),
+        ]
         for guess in guesses:
             answer = alice.server.raw(f"GET {guess} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert answer[:12] in (b"HTTP/1.1 410", b"HTTP/1.1 404", b"HTTP/1.1 401"), (guess, answer)
@@ -207,11 +233,26 @@ def test_the_attack_knows_every_route(two: tuple[Tenant, Tenant]) -> None:
     """A new route of the protocol is to be attacked too."""
     alice, bob = two
     attacked = {*posts(alice, bob), *(path for _, path in paths(alice))}
-    names = {"session_id": alice.session, "sampler_id": alice.sampler, "run_id": alice.run, "kind": "weights", "name": "private", "token": "x"}
+    names = {
+        "session_id": alice.session,
+        "sampler_id": alice.sampler,
+        "run_id": alice.run,
+        "kind": "weights",
+        "name": "private",
+        "token": "x",
+    }
     document = alice.server.ask("GET", "/openapi.json", alice.key).json()["paths"]
     there = {path.removeprefix(API) for path in document if path.startswith(API)}
     assert {path for path in there if path.format(**names) not in attacked} == {
-        *("/healthz", "/get_server_capabilities", "/client/config", "/client/dynamic_config", "/telemetry", "/auth/token", "/auth/apikey/me"),
+        *(
+            "/healthz",
+            "/get_server_capabilities",
+            "/client/config",
+            "/client/dynamic_config",
+            "/telemetry",
+            "/auth/token",
+            "/auth/apikey/me",
+        ),
         *("/create_session", "/sessions", "/training_runs", "/checkpoints"),  # name nothing; the lists are looked at above
         *("/forward_backward", "/cancel_future", "/files/{token}/{name}"),  # attacked by other means
     }

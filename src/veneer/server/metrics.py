@@ -65,7 +65,7 @@ class _Now(Collector):
         self.bases, self.worker, self.tinker = bases, worker, tinker
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("veneer_promises_open", "Operations accepted and not answered.", self.tinker.promises.open)
+        yield GaugeMetricFamily("veneer_promises_open", "Operations accepted and not answered.", self.tinker.promises.open())
         yield GaugeMetricFamily("veneer_engine_queue", "Requests that the engines have and have not answered.", self.worker.waiting)
         runs = GaugeMetricFamily("veneer_runs_loaded", "Training runs in memory.", labels=("base",))
         adapters = GaugeMetricFamily("veneer_adapters_loaded", "Adapters in memory that only serve.", labels=("base",))
