@@ -90,7 +90,20 @@ def valid_bodies(session: str, run: str, sampler: str) -> dict[str, dict[str, An
 
 IDS = ("session_id", "model_id", "sampling_session_id", "source_path", "tinker_path", "base_model", "request_id", "path")
 """Fields that name something; an unknown name is refused at once in all routes but those of operations."""
-NOWHERE = ["", "x", "\x00", "a\x00b", "../../../etc/passwd", "x" * 60_000, "é" * 1000, "'; DROP TABLE runs; --", "null", "\u202e", "{}", "%00"]
+NOWHERE = [
+    "",
+    "x",
+    "\x00",
+    "a\x00b",
+    "../../../etc/passwd",
+    "x" * 60_000,
+    "é" * 1000,
+    "'; DROP TABLE runs; --",
+    "null",
+    "\u202e",
+    "{}",
+    "%00",
+]
 NUMBERS = [2**200, -(2**200), 2**63, -1, 1.5, 1e308, -0.5]
 
 
@@ -131,7 +144,9 @@ class Generator:
             json.dumps(self.bodies[path]).encode("utf-16"),
             self.random.choice((b"null", b"[]", b'"x"', b"1", b"NaN", b"1e400", b"true", b"[{}]", b"-", b'"\\ud800"', b'{"a":1')),
         )
-        kind = self.random.choice(("application/json", None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", ""))
+        kind = self.random.choice(
+            ("application/json", None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", "")
+        )
         return self.post(path, self.random.choice(ways), kind)
 
     # ------------------------------------------------ fields of another type
@@ -171,7 +186,9 @@ class Generator:
     # ------------------------------------------------ routes, methods and path segments that are not there
 
     def lost(self) -> Request:
-        segment = self.random.choice((b"%00", b"%ff%fe", b"..", b"%2e%2e%2f%2e%2e", b"x" * 20_000, b"%F0%9F%98%80", b"'", b"a%0d%0ab", b"%25", b"tinker:"))
+        segment = self.random.choice(
+            (b"%00", b"%ff%fe", b"..", b"%2e%2e%2f%2e%2e", b"x" * 20_000, b"%F0%9F%98%80", b"'", b"a%0d%0ab", b"%25", b"tinker:")
+        )
         run = self.names["run"].encode()
         checkpoint = b"/training_runs/%b/checkpoints/weights/%b" % (run, segment)
         targets = [
@@ -198,7 +215,9 @@ class Generator:
     def query(self) -> Request:
         page = self.random.choice(("/sessions", "/training_runs", "/checkpoints"))
         name = self.random.choice(("limit", "offset"))
-        value = self.random.choice(("-1", "x", "", str(2**200), "1" * 5000, "1e400", "NaN", "0x10", "1.5", "%00", "%ff", "[]", "1&limit=x&offset=x"))
+        value = self.random.choice(
+            ("-1", "x", "", str(2**200), "1" * 5000, "1e400", "NaN", "0x10", "1.5", "%00", "%ff", "[]", "1&limit=x&offset=x")
+        )
         return Request("GET", f"{API}{page}?{name}={value}".encode())
 
     # ------------------------------------------------ bodies that are packed, and protobuf that is none
@@ -209,4 +228,8 @@ class Generator:
             request = self.post("/forward_backward", noise, "application/x-protobuf")
             request.headers["Content-Encoding"] = self.random.choice(("gzip", "zstd", "br", "x"))
             return request
-        return self.post("/forward_backward", b"\x0a\xff\xff\xff\xff\x0f" + noise, self.random.choice(("application/x-protobuf", None, "application/json")))
+        return self.post(
+            "/forward_backward",
+            b"\x0a\xff\xff\xff\xff\x0f" + noise,
+            self.random.choice(("application/x-protobuf", None, "application/json")),
+        )

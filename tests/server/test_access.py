@@ -50,12 +50,18 @@ def test_both_ways_to_send_a_key(locked: tuple[Server, str]) -> None:
         assert server.ask("GET", "/api/v1/sessions", headers=headers).status_code == 200, headers
 
 
-@pytest.mark.parametrize("path", ["/api/v1/sessions", "/openapi.json", "/nothing", "/api/v1/healthz/", "/healthzz", "//healthz", "/metrics/x"])
+@pytest.mark.parametrize(
+    "path", ["/api/v1/sessions", "/openapi.json", "/nothing", "/api/v1/healthz/", "/healthzz", "//healthz", "/metrics/x"]
+)
 def test_without_the_key_nothing_is_told(locked: tuple[Server, str], path: str) -> None:
     """The same 401 for what is there and what is not, whatever was sent in place of the key."""
     server, key = locked
     wrong = ({}, {"X-API-Key": "tml-dummy"}, {"X-API-Key": ""}, {"Authorization": f"Basic {key}"}, {"Authorization": key})
-    for headers in (*wrong, {"X-API-Key": key[:-1] + ("A" if key[-1] != "A" else "B")}, {"X-API-Key": "x", "Authorization": f"Bearer {key}"}):
+    for headers in (
+        *wrong,
+        {"X-API-Key": key[:-1] + ("A" if key[-1] != "A" else "B")},
+        {"X-API-Key": "x", "Authorization": f"Bearer {key}"},
+    ):
         answer = server.ask("GET", path, headers=headers)
         assert answer.status_code == 401, headers
         assert answer.headers["WWW-Authenticate"] == 'Bearer realm="veneer"'

@@ -61,7 +61,12 @@ def test_what_a_line_says(logged: tuple[Server, Path, str]) -> None:
 def test_every_answer_has_an_id_of_its_own(logged: tuple[Server, Path, str]) -> None:
     """Also those of routes that are not there, and of callers who are not known; nobody chooses it."""
     server, path, key = logged
-    asked = [("GET", "/nothing", key, 404), ("GET", "/healthz", None, 200), ("PUT", "/healthz", None, 405), ("GET", "/openapi.json", "no", 401)]
+    asked = [
+        ("GET", "/nothing", key, 404),
+        ("GET", "/healthz", None, 200),
+        ("PUT", "/healthz", None, 405),
+        ("GET", "/openapi.json", "no", 401),
+    ]
     seen = set()
     for method, where, given, status in asked:
         answer = server.ask(method, where, given, headers={"x-request-id": "mine"})
@@ -82,7 +87,9 @@ def test_every_answer_has_an_id_of_its_own(logged: tuple[Server, Path, str]) -> 
     ],
 )
 @pytest.mark.parametrize("known", [True, False], ids=["with a key", "without one"])
-def test_paths_are_not_written_as_they_came(logged: tuple[Server, Path, str], method: str, path: str, route: str | None, known: bool) -> None:
+def test_paths_are_not_written_as_they_came(
+    logged: tuple[Server, Path, str], method: str, path: str, route: str | None, known: bool
+) -> None:
     server, log, key = logged
     answer = server.ask(method, path, key if known else "tml-a-secret-token")
     assert line_of(log, answer.headers["x-request-id"])["route"] == route
@@ -93,7 +100,7 @@ def test_paths_are_not_written_as_they_came(logged: tuple[Server, Path, str], me
 
 def test_a_header_cannot_write_a_line(logged: tuple[Server, Path, str]) -> None:
     """Quotes, controls that HTTP lets through, and a text without end stay within theirs."""
-    server, log, key = logged
+    server, log, _ = logged
     agent = '","status":500,"x":"\t\x85\xff' + "x" * 10_000
     answer = server.ask("GET", "/healthz", headers={"User-Agent": agent.encode("latin-1")})
     line = line_of(log, answer.headers["x-request-id"])

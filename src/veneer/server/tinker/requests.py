@@ -182,11 +182,22 @@ class Prompt(Body):
         return [token for chunk in self.chunks for token in chunk.tokens]
 
 
+Few = Field(max_length=1024)
+COLDEST = 1e-6
+
+
+def _warm(temperature: float) -> float:
+    """Below this, logits divided by it are beyond what float32 holds."""
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"at least {COLDEST}, or 0 for the likeliest token")
+    return temperature
+
+
 class Sampling(Body):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | Texts | Tokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    stop: str | Annotated[Texts, Few] | Annotated[Tokens, Few] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6), AfterValidator(_warm)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = -1
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
@@ -234,7 +245,8 @@ class CancelFuture(Body):
 
 class FuturesTarget(Body):
     sampling_session_id: str
-    cloned_sampler_id: Seq = 0
+    cloned_sampler_id: Annotated[int, Field(ge=0, lt=2**33)] = 0
+    """Times a thousand million it is a sequence number."""
 
 
 class RetrieveFutures(Body):
