@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import pytest
-from serving import Server, hosted, process
+from real_server import Server, hosted, process
 
 pytestmark = pytest.mark.xdist_group("access")
 

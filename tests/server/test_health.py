@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from serving import Server, hosted, process, until
+from real_server import Server, hosted, process, until
 
 from veneer.server import health
 

@@ -7,9 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
-from serving import Server, hosted, until
+from real_server import Server, hosted, process, until
 
 from veneer.server import connections
 from veneer.server.limits import Limits
@@ -198,3 +199,13 @@ def test_a_rate_below_one_lets_the_first_one_through(tmp_path) -> None:
         refused = server.ask("GET", "/api/v1/sessions")
         assert refused.status_code == 429
         assert 5 <= int(refused.headers["Retry-After"]) <= 10
+
+
+def test_the_flags_of_the_verb(tmp_path: Path) -> None:
+    """A real process with a limit of a MiB, three requests a second, and its log in a file."""
+    log = tmp_path / "access.log"
+    with process(tmp_path, "--max-body", "1", "--rate", "3", "--log", str(log)) as server:
+        assert server.raw(head(server, more=f"Content-Length: {2**20 + 1}\r\n")).startswith(b"HTTP/1.1 413 ")
+        assert 429 in {server.ask("GET", "/api/v1/sessions").status_code for _ in range(10)}
+        until(lambda: '"status":413' in log.read_text() and '"status":429' in log.read_text())
+        assert server.lines() == []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server, hosted, until
+from real_server import Server, hosted, until
 
 from veneer.server.log import AccessLog
 

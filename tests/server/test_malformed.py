@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from malformed import Generator as Malformed
 from malformed import Line
-from serving import Server, process
+from real_server import Server, process
 
 pytestmark = pytest.mark.xdist_group("malformed")
 ROUNDS = int(os.environ.get("VENEER_FUZZ", "200"))

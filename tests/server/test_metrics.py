@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Server, hosted, nano
+from real_server import Server, hosted, nano
 
 pytestmark = pytest.mark.xdist_group("metrics")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import Server, process
+from real_server import Server, process
 from test_malformed import good_request, make, server_errors
 
 from veneer.server.tinker import wire

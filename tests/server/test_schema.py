@@ -11,9 +11,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from real_server import Server, process
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from serving import Server, process
 from test_malformed import good_request, make, server_errors
 
 pytestmark = pytest.mark.xdist_group("schema")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from serving import Server, hosted
+from real_server import Server, hosted
 
 from veneer.server.tinker import service, wire
 

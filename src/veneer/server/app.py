@@ -14,7 +14,7 @@ from starlette.responses import Response
 from veneer.server.access import CheckAccess
 from veneer.server.bases import Bases
 from veneer.server.envelope import Envelope, Routes
-from veneer.server.errors import answer, answer_text
+from veneer.server.errors import Answers
 from veneer.server.health import Health, add_health
 from veneer.server.keys import Keys
 from veneer.server.limits import LimitBody, LimitRate, Limits
@@ -45,32 +45,33 @@ def make_app(bases: Bases, worker: Worker, home: Path, limits: Limits | None = N
     add_health(app, Health(worker, tinker.journal))
     metrics = Metrics(bases, worker, tinker)
     add_metrics(app, metrics)
-    _add_errors(app)
-    _add_checks(app, keys, limits or Limits(), metrics, log)
+    answers = Answers()
+    _add_errors(app, answers)
+    _add_checks(app, keys, limits or Limits())
+    app.add_middleware(Envelope, answers=answers, routes=Routes(app), metrics=metrics, log=log)
     return app
 
 
-def _add_checks(app: FastAPI, keys: Keys, limits: Limits, metrics: Metrics, log: AccessLog | None) -> None:
-    """What every request passes, the last one first: who asks, how often, how much; what any of them raises the envelope answers."""
+def _add_checks(app: FastAPI, keys: Keys, limits: Limits) -> None:
+    """What every request passes, the last one first: who asks, how often, how much. What any of them raises the envelope answers."""
     app.add_middleware(LimitBody, limits=limits)
     if limits.rate is not None:
         app.add_middleware(LimitRate, rate=limits.rate)
     app.add_middleware(CheckAccess, keys=keys)
-    app.add_middleware(Envelope, routes=Routes(app), metrics=metrics, log=log)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, answers: Answers) -> None:
     """Each error is one line of JSON with its status. What is no error of ours the envelope logs, and does not show."""
 
     @app.exception_handler(VeneerError)
-    async def ours(_request: Request, error: VeneerError) -> Response:
-        return answer(error)
+    async def ours(request: Request, error: VeneerError) -> Response:
+        return answers.error(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return answer_text(422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        return answers.text(request.scope, 422, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> Response:
-        return answer_text(error.status_code, str(error.detail), error.headers)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return answers.text(request.scope, error.status_code, str(error.detail), error.headers)

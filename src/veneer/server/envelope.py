@@ -16,7 +16,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.server.access import CALLER
-from veneer.server.errors import UNKNOWN, answer, answer_text
+from veneer.server.errors import UNKNOWN, Answers
 from veneer.server.log import AccessLog
 from veneer.server.metrics import Metrics
 from veneer.types import VeneerError
@@ -35,8 +35,8 @@ LONGEST_TEXT = 200
 class Envelope:
     """The outermost ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, routes: Routes, metrics: Metrics, log: AccessLog | None) -> None:
-        self.app, self.routes, self.metrics, self.log = app, routes, metrics, log
+    def __init__(self, app: ASGIApp, answers: Answers, routes: Routes, metrics: Metrics, log: AccessLog | None) -> None:
+        self.app, self.answers, self.routes, self.metrics, self.log = app, answers, routes, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,12 +46,12 @@ class Envelope:
         try:
             await self.app(scope, exchange.receive, exchange.send)
         except VeneerError as error:
-            await exchange.conclude(error, answer(error))
+            await exchange.conclude(error, self.answers.error(scope, error))
         except ClientDisconnect:
             pass
         except Exception as error:
             LOG.exception("request %s failed", exchange.id)
-            await exchange.conclude(error, answer_text(500, UNKNOWN))
+            await exchange.conclude(error, self.answers.text(scope, 500, UNKNOWN))
         finally:
             self._note(exchange)
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from veneer.store.files import veneer_home
 from veneer.types import AttestationError, RequestError, RunError, StorageError, VeneerError
 
 LOG = logging.getLogger("veneer.server")
+Shape = Callable[[int, str, VeneerError | None], Any]
+"""From a status, a line and the error itself, if it is one of ours, to a body."""
 
 
 class NotFound(RequestError):
@@ -87,19 +92,32 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 155]} ... {text[-150:]}"
 
 
-def answer(error: VeneerError) -> Response:
-    """An error as a response; one that is the server's own stands in its log too, in full."""
-    headers, status = dict[str, str](), status_of(error)
-    if status >= 500:
-        LOG.error("%s", error)
-    if isinstance(error, Busy):
-        headers["Retry-After"] = str(math.ceil(error.seconds))
-    if isinstance(error, Refused):
-        headers["WWW-Authenticate"] = 'Bearer realm="veneer"'
-    if isinstance(error, TooSlow):
-        headers["Connection"] = "close"
-    return answer_text(status, told(error), headers)
+class Answers:
+    """Errors as responses, in the shape of the API that was asked."""
+
+    def __init__(self, shapes: Mapping[str, Shape] | None = None) -> None:
+        """``shapes``: by the beginning of the path; ``{"detail": text}`` elsewhere."""
+        self.shapes = dict(shapes or {})
+
+    def error(self, scope: Scope, error: VeneerError) -> Response:
+        """One that is the server's own stands in its log too, in full."""
+        headers, status = dict[str, str](), status_of(error)
+        if status >= 500:
+            LOG.error("%s", error)
+        if isinstance(error, Busy):
+            headers["Retry-After"] = str(math.ceil(error.seconds))
+        if isinstance(error, Refused):
+            headers["WWW-Authenticate"] = 'Bearer realm="veneer"'
+        if isinstance(error, TooSlow):
+            headers["Connection"] = "close"
+        return self.text(scope, status, told(error), headers, error)
+
+    def text(
+        self, scope: Scope, status: int, text: str, headers: Mapping[str, str] | None = None, error: VeneerError | None = None
+    ) -> Response:
+        shape = next((shape for start, shape in self.shapes.items() if scope["path"].startswith(start)), _detail)
+        return JSONResponse(shape(status, _short(text), error), status, headers)
 
 
-def answer_text(status: int, text: str, headers: object = None) -> Response:
-    return JSONResponse({"detail": _short(text)}, status, headers)  # type: ignore[arg-type]
+def _detail(_status: int, text: str, _error: VeneerError | None) -> Any:
+    return {"detail": text}
