@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +89,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self._receive, self._send = scope, receive, send
-        self.id = secrets.token_hex(8)
+        self.id = f"{random.getrandbits(64):016x}"
         self.started = time.perf_counter()
         self.bytes_in = self.bytes_out = 0
         self.status: int | None = None

@@ -6,16 +6,18 @@ import json
 import logging
 import sys
 import threading
+from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from veneer.store.files import storage_errors
 
 LOG = logging.getLogger("veneer.server")
 MOST_WAITING = 10_000
-"""Lines; what comes on top is dropped."""
+"""Lines; of more the oldest are dropped."""
+EVERY = 0.2
+"""Seconds between two lots."""
 
 
 class AccessLog:
@@ -29,33 +31,28 @@ class AccessLog:
         if path is not None:
             with storage_errors(path), path.open("a"):
                 pass
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._lines: deque[str] = deque(maxlen=MOST_WAITING)
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="veneer-log", daemon=True)
         self._thread.start()
 
     def write(self, **fields: Any) -> None:
-        """Add a line, with the time."""
-        if self._queue.qsize() < MOST_WAITING:
-            time = datetime.now(UTC).isoformat(timespec="milliseconds")
-            self._queue.put(json.dumps({"time": time, **fields}, separators=(",", ":")) + "\n")
+        """Add a line, with the time. It is written soon: waking another thread would take longer than the rest of a small request."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._lines.append(json.dumps({"time": time, **fields}, separators=(",", ":")) + "\n")
 
     def close(self) -> None:
         """Write what is left."""
-        self._queue.put(None)
+        self._over.set()
         self._thread.join(5.0)
 
     def _work(self) -> None:
-        line = self._queue.get()
-        while line is not None:
-            lot = [line]
-            try:
-                while (line := self._queue.get_nowait()) is not None:
-                    lot.append(line)
-            except Empty:
-                line = ""
-            self._add("".join(lot))
-            if line is not None:
-                line = self._queue.get()
+        going = True
+        while going:
+            going = not self._over.wait(EVERY)
+            lot = [self._lines.popleft() for _ in range(len(self._lines))]
+            if lot:
+                self._add("".join(lot))
 
     def _add(self, text: str) -> None:
         try:
