@@ -85,6 +85,7 @@ def import_(folder: Path, name: str, base: str | None, as_json: bool) -> None:
     """Import a PEFT LoRA FOLDER. What cannot be represented exactly is refused by name."""
     from veneer.assets import NANO
     from veneer.cli.assemble import start
+    from veneer.measure.canary import check_loaded, with_canary
     from veneer.store.adapters import MANIFEST, facts_of, read_manifest, read_peft, recorded_base
     from veneer.store.registry import Registry, check_name
     from veneer.types import AdapterError
@@ -99,6 +100,8 @@ def import_(folder: Path, name: str, base: str | None, as_json: bool) -> None:
     else:
         checkpoint, facts = read_peft(folder, name, machine.engine.base_id, machine.engine.base_digest), {}
     machine.engine.load_state(name, checkpoint).result()
+    check_loaded(machine.engine, name, checkpoint, machine.canary)
+    checkpoint = checkpoint if checkpoint.canary else with_canary(machine.engine, name, checkpoint, machine.canary)
     digests = {"tokenizer_digest": machine.renderer.tokenizer_digest, "template_digest": machine.renderer.template_digest}
     version = Registry().put(name, checkpoint, {**facts, **digests, "imported_from": folder.name})
     emit({"adapter": f"{name}@{version}", "digest": checkpoint.adapter.digest}, as_json, lambda: print(f"{folder} -> {name}@{version}"))

@@ -14,6 +14,7 @@ from typing import Any
 
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
+from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.render import Renderer
 from veneer.store.adapters import read_adapter, read_manifest
 from veneer.store.files import veneer_home
@@ -23,7 +24,7 @@ from veneer.train import rl, sft
 from veneer.train.config import LoraSettings, RunConfig
 from veneer.train.report import render_report
 from veneer.train.session import Session, check_made_for, stop_signals
-from veneer.types import AdapterError, Checkpoint, EnvDataset
+from veneer.types import AdapterError, Checkpoint, EnvDataset, Tokens
 
 PATIENCE = 600.0
 """Seconds that a pass through the base may take."""
@@ -41,11 +42,18 @@ class Machine:
 
         Raises:
             AdapterError: it is missing, damaged, or made for another base, tokenizer or template.
+            AttestationError: it does not do here what it did where it was saved.
         """
         checkpoint = self.read(reference)
         name = checkpoint.adapter.name
         self.engine.load_state(name, checkpoint).result()
+        check_loaded(self.engine, name, checkpoint, self.canary)
         return name
+
+    @property
+    def canary(self) -> Tokens:
+        """The row of tokens that a fresh record is made of."""
+        return canary_tokens(self.renderer.vocab_size)
 
     def read(self, reference: str) -> Checkpoint:
         checkpoint, manifest = read_adapter(Registry().find(reference))
@@ -106,7 +114,8 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
         earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
         with stop_signals(session.stop):
             summary = asyncio.run(_loop(session, dataset))
-        checkpoint = machine.engine.save_state(session.adapter, "sampler").result()
+        saved = machine.engine.save_state(session.adapter, "sampler").result()
+        checkpoint = with_canary(machine.engine, session.adapter, saved, session.canary)
         scores = {key: summary[key] for key in ("reward_before", "reward_after") if key in summary}
         version = Registry().put(session.adapter, checkpoint, dict(session.facts(scores=scores)))
         summary |= {

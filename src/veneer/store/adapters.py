@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from veneer.digest import digest_adapter, digest_arrays
 from veneer.store.files import new_folder
-from veneer.types import Adapter, AdapterError, Checkpoint, LoraConfig, in_one_line
+from veneer.types import Adapter, AdapterError, Canary, Checkpoint, LoraConfig, in_one_line
 
 PEFT_PREFIX = "base_model.model."
 CONFIG, WEIGHTS, FULL_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
@@ -42,6 +42,7 @@ def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]
         **dataclasses.asdict(checkpoint.adapter),
         "lora": None if checkpoint.config is None else dataclasses.asdict(checkpoint.config),
         "optimizer_digest": digest_arrays(checkpoint.optimizer) if checkpoint.optimizer else None,
+        "canary": None if checkpoint.canary is None else dataclasses.asdict(checkpoint.canary),
         **facts,
     }
     with new_folder(folder, durable=durable) as aside:
@@ -69,6 +70,7 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         manifest = json.loads((folder / MANIFEST).read_text())
         adapter = Adapter(*(manifest[f.name] for f in dataclasses.fields(Adapter)))
         config = None if manifest["lora"] is None else LoraConfig(**_tuples(manifest["lora"]))
+        canary = Canary(**_tuples(manifest["canary"])) if manifest.get("canary") else None
         raw = load_file(folder / (FULL_WEIGHTS if config is None else WEIGHTS))
         weights = {name.removeprefix(PEFT_PREFIX): array for name, array in raw.items()}
         optimizer = load_file(folder / OPTIMIZER) if manifest["kind"] == "training" else {}
@@ -84,7 +86,7 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise AdapterError(f"{folder} is damaged: {OPTIMIZER} does not have the digest in {MANIFEST}; {ANOTHER}")
     if not same_shape:
         raise AdapterError(f"{folder} is damaged: r or lora_alpha in {CONFIG} is not that of {MANIFEST}; {ANOTHER}")
-    return Checkpoint(manifest["kind"], adapter, config, weights, optimizer), manifest
+    return Checkpoint(manifest["kind"], adapter, config, weights, optimizer, canary), manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest says beside the checkpoint itself."""
-    own = {"format", "kind", "lora", "optimizer_digest", *(f.name for f in dataclasses.fields(Adapter))}
+    own = {"format", "kind", "lora", "optimizer_digest", "canary", *(f.name for f in dataclasses.fields(Adapter))}
     return {key: value for key, value in manifest.items() if key not in own}
 
 
