@@ -90,11 +90,11 @@ class Worker:
             else:
                 loop.call_soon_threadsafe(_set_result, answer, result)
 
-        def given_up(answer: asyncio.Future[T]) -> None:
-            if answer.cancelled():
-                self._post(lambda: [future.cancel() for future in asked])
+        def give_up() -> None:
+            for future in asked:
+                future.cancel()
 
-        answer.add_done_callback(given_up)
+        answer.add_done_callback(lambda answer: self._post(give_up) if answer.cancelled() else None)
         self._post(do)
         return answer
 

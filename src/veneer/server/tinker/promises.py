@@ -58,13 +58,24 @@ class Promises:
         self._next = 1 + (journal.read("SELECT max(number) FROM promises")[0][0] or 0)
         self.open = 0
 
-    def pending(self) -> list[Promise]:
-        """What was open when the last process ended, and the operations that its runs' states do not hold yet; in order."""
+    def open_targets(self) -> list[str]:
+        """Whose promises were open when the last process ended."""
+        return [row["target"] for row in self.journal.read("SELECT DISTINCT target FROM promises WHERE done IS NULL")]
+
+    def to_do(self, target: str, after: int = -1) -> list[Promise]:
+        """Operations whose bodies are still there, behind number ``after``: open ones, and those that a run repeats; in order."""
+        rows = self.journal.read("SELECT * FROM promises WHERE target = ? AND seq > ? AND body IS NOT NULL ORDER BY seq", (target, after))
+        return [self._by_id.get(row["id"]) or self._keep(self._of(row)) for row in rows]
+
+    def completed(self, target: str, first: int, last: int, cursor: int) -> list[tuple[int, str, bool, int]]:
+        """(cursor, request id, whether it failed, bytes) of the answers to a target's operations ``first`` to ``last`` that came after
+        ``cursor``, in microseconds."""
         rows = self.journal.read(
-            "SELECT p.* FROM promises p LEFT JOIN runs r ON r.id = p.target WHERE p.body IS NOT NULL AND "
-            "(p.done IS NULL OR (r.id IS NOT NULL AND p.seq > coalesce(r.state_seq, -1))) ORDER BY p.target, p.seq"
+            "SELECT id, cast(done * 1e6 AS INTEGER) AS at, media_type, length(answer) AS size FROM promises "
+            "WHERE target = ? AND seq BETWEEN ? AND ? AND cast(done * 1e6 AS INTEGER) > ? ORDER BY done",
+            (target, first, last, cursor),
         )
-        return [self._keep(self._of(row)) for row in rows]
+        return [(row["at"], row["id"], row["media_type"] == JSON, row["size"]) for row in rows]
 
     def _of(self, row: Any) -> Promise:
         promise = Promise(

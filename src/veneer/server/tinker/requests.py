@@ -205,6 +205,35 @@ class CancelFuture(Body):
     request_id: str
 
 
+class FuturesTarget(Body):
+    sampling_session_id: str
+    cloned_sampler_id: Seq = 0
+
+
+class RetrieveFutures(Body):
+    target: FuturesTarget
+    prev_cursor: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    timeout: Annotated[float, Field(ge=0, le=3600)] | None = None
+
+
+class JoinSamplingSession(Body):
+    sampling_session_id: str
+
+
+class CreateCustomLoss(Body):
+    session_id: str
+    custom_loss_seq_id: Seq
+    name: str = ""
+
+
+class CopyWeights(Body):
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: Seq | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: Ttl | None = None
+
+
 class SetTtl(Body):
     ttl_seconds: Ttl | None
 

@@ -7,6 +7,7 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from veneer.server.tinker.promises import Promise, Promises
 from veneer.server.tinker.state import RunRow, SamplerRow, put, row_of
 from veneer.store.adapters import read_adapter, write_adapter
 from veneer.types import Checkpoint, DataError, RequestError, SamplingParams
+
+CLONE = 1_000_000_000
+"""Sequence numbers of a cloned client begin at a multiple of this."""
+POLL = 0.05
 
 
 class Sampling:
@@ -52,7 +57,7 @@ class Sampling:
         return sampler_id
 
     async def from_run(self, run: RunRow, checkpoint: Checkpoint, promise: Promise, body: requests.SaveWeightsForSampler) -> str:
-        """A session on a run's weights as they are now. Sessions in flight follow every such save of their run."""
+        """A session on a run's weights as they are now. Those in flight share the weights of their run's newest save of that kind."""
         digest, session = checkpoint.adapter.digest, run.session_id
         folder = self.folder / digest
         if not folder.is_dir():
@@ -60,12 +65,29 @@ class Sampling:
         seq = body.sampling_session_seq_id
         sampler_id = f"{session}:sample:{f'op-{promise.target}-{promise.seq}' if seq is None else seq}"
         sampler = SamplerRow(sampler_id, session, run.owner, run.base, body.kind, None, run.id, digest, str(folder), time.time())
-        followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == "inflight"]
+        followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == body.kind == "inflight"]
         for follower in followers:
             follower.digest, follower.folder = digest, str(folder)
         await self.journal.write(*(put(row) for row in [*followers, sampler]))
         self.samplers[sampler_id] = sampler
         return sampler_id
+
+    async def completions(self, sampler: SamplerRow, body: requests.RetrieveFutures, hold: float) -> dict[str, Any]:
+        """What was answered since the cursor; waits for something to be."""
+        clone = body.target.cloned_sampler_id
+        first, until = clone * CLONE, time.monotonic() + (hold if body.timeout is None else min(hold, body.timeout))
+        while True:
+            found = self.promises.completed(sampler.id, first, first + CLONE - 1, body.prev_cursor)
+            if found or time.monotonic() >= until:
+                break
+            await asyncio.sleep(POLL)
+        finished = [
+            {"state": "failed", "request_id": request}
+            if failed
+            else {"state": "finished", "request_id": request, "response_payload_uncompressed_size": size}
+            for _, request, failed, size in found
+        ]
+        return {"completions": finished, "cursor": found[-1][0] if found else body.prev_cursor}
 
     # ------------------------------------------------ samples
 
