@@ -7,12 +7,14 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import uvicorn
 
 from veneer.cli.assemble import PATIENCE
 from veneer.engine import LoraEngine, load_base, set_threads
+from veneer.measure.canary import canary_tokens, check_loaded
 from veneer.render import Renderer
 from veneer.server.app import make_app
 from veneer.server.bases import Bases, Served
@@ -37,7 +39,9 @@ def serve(bases: Sequence[str], aliases: Sequence[str], host: str, port: int, th
     served = []
     for base, engine in engines.items():
         assert engine.base.tokenizer is not None
-        served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
+        renderer, shelf = Renderer(engine.base.tokenizer), Shelf(worker, engine)
+        shelf.on_load.append(partial(check_loaded, engine, tokens=canary_tokens(renderer.vocab_size)))
+        served.append(Served(tuple(names[base]), engine, renderer, shelf))
     app = make_app(Bases(served), worker, veneer_home() / "server")
     gc.freeze()
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, timeout_keep_alive=75)
