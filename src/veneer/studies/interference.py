@@ -7,6 +7,7 @@ and are compared problem by problem. A stack is the sum of its updates, each wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -109,10 +110,8 @@ async def interfere(
         cells = await asyncio.gather(*(cell(arm, task) for arm in (BASE, *arms) for task in once.values()))
     finally:
         for name in arms:
-            try:
+            with contextlib.suppress(AdapterError):  # it was not loaded yet
                 engine.remove_adapter(name)
-            except AdapterError:
-                pass  # it was not loaded yet
     found = {(cell.arm, cell.task): cell for cell in cells}
     return Matrix((BASE, *arms), tuple(once), found, tuple(_findings(found, list(adapters), {a: t.name for a, t in tasks.items()})))
 
@@ -167,10 +166,9 @@ def as_table(matrix: Matrix) -> str:
     lines = [f"| arm | {' | '.join(matrix.tasks)} |", "|---" * (len(matrix.tasks) + 1) + "|"]
     lines += [f"| {arm} | {' | '.join(str(matrix.cells[arm, task].solved) for task in matrix.tasks)} |" for arm in matrix.arms]
     lines += ["", "| arm | on | compared with | difference | interference |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {f.arm} | {f.task} | {f.against} | {f.difference.value:+.3f} [{f.difference.low:+.3f}, {f.difference.high:+.3f}] | {f.verdict} |"
-        for f in matrix.findings
-    ]
+    for f in matrix.findings:
+        interval = f"{f.difference.value:+.3f} [{f.difference.low:+.3f}, {f.difference.high:+.3f}]"
+        lines.append(f"| {f.arm} | {f.task} | {f.against} | {interval} | {f.verdict} |")
     return "\n".join(lines) + "\n"
 
 
