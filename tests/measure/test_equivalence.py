@@ -46,7 +46,7 @@ def test_the_reward_gap_is_the_difference_of_expectations() -> None:
 
 def test_equal_sides_have_no_gap() -> None:
     texts, p, _, _ = drawn(0, 50, 0.5)
-    gap = compare("twin", texts, p, p, 0.0)
+    gap = compare(texts, p, p, 0.0)
     assert gap.reward is not None
     assert (gap.largest, gap.mean, gap.reward.value, gap.within, gap.tokens) == (0, 0, 0, True, 100)
 
@@ -67,7 +67,7 @@ def test_one_wrong_token_is_told() -> None:
     texts, p, _, _ = drawn(2, 500, 0.3)
     other = [[row[0].copy()] for row in p]
     other[123][0][1] -= np.float32(0.2)
-    gap = compare("side", texts, p, other, 0.1)
+    gap = compare(texts, p, other, 0.1)
     assert gap.largest == pytest.approx(0.2, abs=1e-6)
     assert gap.mean < 1e-3
     assert not gap.within
@@ -76,10 +76,10 @@ def test_one_wrong_token_is_told() -> None:
 def test_a_reward_that_differs_is_told_only_where_the_interval_says_so() -> None:
     """Log-probabilities within their limit, and yet another reward; and noise is not called a difference."""
     texts, p, other, exact = drawn(3, 4000, 0.3)
-    gap = compare("side", texts, p, other, limit=10.0)
+    gap = compare(texts, p, other, limit=10.0)
     assert abs(exact) > REWARD_LIMIT
     assert not gap.within
-    few = compare("side", texts[:6], p[:6], other[:6], limit=10.0)
+    few = compare(texts[:6], p[:6], other[:6], limit=10.0)
     assert few.reward is not None
     assert few.within == (few.reward.low <= 0 <= few.reward.high or abs(few.reward.value) <= REWARD_LIMIT)
 
@@ -89,14 +89,14 @@ def test_numbers_that_are_not_finite_are_over_every_limit(bad: float) -> None:
     texts, p, _, _ = drawn(4, 5, 0.3)
     other = [[row[0].copy()] for row in p]
     other[0][0][0] = bad
-    gap = compare("side", [Text(t.sampled, None) for t in texts], p, other, 1.0)
+    gap = compare([Text(t.sampled, None) for t in texts], p, other, 1.0)
     assert gap.largest == math.inf
     assert not gap.within
 
 
 def test_texts_without_rewards_have_no_reward_gap() -> None:
     texts, p, other, _ = drawn(5, 5, 0.01)
-    assert compare("side", [Text(t.sampled, None) for t in texts], p, other, 1.0).reward is None
+    assert compare([Text(t.sampled, None) for t in texts], p, other, 1.0).reward is None
 
 
 def test_mean_interval() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from veneer.cli.lazy import LazyGroup
 from veneer.cli.output import emit, format_rate, json_option, print_table
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ ADAPTER = "ADAPTER is NAME (what its label live points to, else its newest versi
 label_option = click.option("--label", default="live", show_default=True, help="A name for a place that moves.")
 
 
-@click.group("adapters", short_help="Versions, labels, lineage and signatures of adapters; in from PEFT and out to it.")
+class Verbs(LazyGroup):
+    elsewhere = ("merge", "equivalence", "interfere")
+
+
+@click.group("adapters", cls=Verbs, short_help="Versions, labels, lineage and signatures of adapters; in from PEFT and out to it.")
 def command() -> None:
     """Adapters in $VENEER_HOME/adapters: PEFT folders with a manifest and a signature, and an index over them."""
 
@@ -229,7 +234,7 @@ def stack(name: str, adapters: tuple[str, ...], as_json: bool) -> None:
     from veneer.types import AdapterError
 
     registry = _registry()
-    read = [(*registry.read(reference), scale) for reference, scale in map(_scaled, adapters)]
+    read = [(*registry.read(reference), scale) for reference, scale in map(with_scale, adapters)]
     first = read[0][1]
     for _, entry, _ in read:
         check_compatible(entry, first.base_digest, first.tokenizer_digest, first.template_digest)
@@ -247,7 +252,8 @@ def stack(name: str, adapters: tuple[str, ...], as_json: bool) -> None:
     emit(put.document(), as_json, lambda: print(f"{put.reference}, rank {put.rank}: {' + '.join(adapters)}"))
 
 
-def _scaled(text: str) -> tuple[str, float]:
+def with_scale(text: str) -> tuple[str, float]:
+    """ADAPTER or ADAPTER:SCALE."""
     reference, colon, scale = text.rpartition(":")
     if not colon or (text.startswith("sha256:") and text.count(":") == 1):
         return text, 1.0

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from veneer.store.files import veneer_home
 from veneer.store.registry import Registry, is_path
 from veneer.store.run import REPORT, SUMMARY, Run
 from veneer.train import rl, sft
-from veneer.train.config import LoraSettings, RunConfig
+from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_config
 from veneer.train.report import render_report
 from veneer.train.session import Session, stop_signals
 from veneer.types import AdapterError, Checkpoint, EnvDataset, Tokens
@@ -97,6 +97,33 @@ def start_for(adapter: str | None, base: str, threads: int, device: str) -> tupl
     full = adapter is not None and Registry().resolve(adapter).rank is None
     machine = start(base, threads, "full" if full else "lora", device)
     return machine, None if adapter is None else machine.load(adapter)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where an adapter was trained: an environment, its arguments, and the limit of one turn there."""
+
+    env: EnvSettings
+    max_tokens: int
+
+    def dataset(self) -> EnvDataset:
+        return load_env(self.env.name, self.env.args)
+
+
+def home_of(reference: str, env: str | None = None, env_args: Sequence[str] = (), max_tokens: int | None = None) -> Home | None:
+    """As an adapter's manifest says it, each part replaced by what is given; None: it was trained in no environment, and none is given.
+
+    Raises:
+        AdapterError, ConfigError: there is no such adapter, or the arguments cannot be read.
+    """
+    manifest = read_manifest(Registry().resolve(reference).folder)
+    scores = manifest.get("scores") or []
+    settings = scores[0]["settings"] if scores and env in (None, manifest.get("env")) else {}
+    name = env or manifest.get("env")
+    if not name:
+        return None
+    chosen = make_config({"env": {"name": name, "args": settings.get("args", {})}}, [f"env.args.{argument}" for argument in env_args])
+    return Home(chosen.env, max_tokens or settings.get("max_tokens", chosen.rl.max_tokens))
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 NO_PEFT = 3
@@ -37,7 +38,7 @@ def stock_logprobs(model: Any, rows: Sequence[NDArray[np.int64]]) -> list[NDArra
 
 def main(path: str) -> int:
     """The request: ``model`` (name or folder), ``adapter`` (a PEFT folder, or null), ``dtype``, ``device``, ``threads``, ``rows`` and
-    ``out``: npz files, as ``np.savez(path, *rows)`` writes them, of tokens and of their log-probabilities."""
+    ``out``: safetensors files of tokens and of their log-probabilities, each row under its number."""
     request = json.loads(Path(path).read_text())
     torch.set_num_threads(request["threads"])
     model: Any = AutoModelForCausalLM.from_pretrained(request["model"], dtype=getattr(torch, request["dtype"]), use_safetensors=True)
@@ -47,10 +48,9 @@ def main(path: str) -> int:
         except ImportError:
             return NO_PEFT
         model = PeftModel.from_pretrained(model, request["adapter"])
-    with np.load(request["rows"]) as file:
-        rows = [file[f"arr_{i}"] for i in range(len(file.files))]
-    found = stock_logprobs(model.eval().to(request["device"]), rows)
-    np.savez(request["out"], *found)
+    rows = load_file(request["rows"])
+    found = stock_logprobs(model.eval().to(request["device"]), [rows[str(i)] for i in range(len(rows))])
+    save_file({str(i): row for i, row in enumerate(found)}, request["out"])
     return 0
 
 

@@ -29,7 +29,6 @@ class Text:
 class Gap:
     """Between one side and the trainer."""
 
-    side: str
     tokens: int
     largest: float
     """Of |log-probability of the side - that of the trainer| over all sampled tokens, in nats."""
@@ -46,12 +45,12 @@ class Gap:
         return self.largest <= self.limit and not told_apart
 
 
-def compare(side: str, texts: Sequence[Text], trainer: Sequence[Sequence[Floats]], other: Sequence[Sequence[Floats]], limit: float) -> Gap:
+def compare(texts: Sequence[Text], trainer: Sequence[Sequence[Floats]], other: Sequence[Sequence[Floats]], limit: float) -> Gap:
     """``trainer`` and ``other``: per text and part the log-probabilities of the same tokens, [tokens]."""
     gaps = np.concatenate([o - t for first, second in zip(trainer, other, strict=True) for t, o in zip(first, second, strict=True)])
     largest = float(np.abs(gaps).max()) if np.isfinite(gaps).all() else math.inf
     reward = reward_gap(texts, trainer, other) if all(text.reward is not None for text in texts) else None
-    return Gap(side, gaps.size, largest, float(np.abs(gaps).mean()), limit, reward)
+    return Gap(gaps.size, largest, float(np.abs(gaps).mean()), limit, reward)
 
 
 def reward_gap(texts: Sequence[Text], trainer: Sequence[Sequence[Floats]], other: Sequence[Sequence[Floats]]) -> Mean | None:
