@@ -46,7 +46,7 @@ def command(
     adapter = pinned(adapter)
     home = home_of(adapter, env, env_args, max_tokens)
     machine = start(base, threads, device=device)
-    document = compare_sides(machine, adapter, home, prompts, seed, base, server)
+    document = compare_sides(machine, adapter, home, prompts, seed, base, threads, server)
 
     def human() -> None:
         prompts_of = "rows of tokens" if document["env"] is None else f"problems of {document['env']}"

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
 from veneer.assets import resolve_base
@@ -67,7 +66,7 @@ class Written:
 
 
 def compare_sides(
-    machine: Machine, reference: str, home: Home | None, prompts: int, seed: int, base: str, server: str | None
+    machine: Machine, reference: str, home: Home | None, prompts: int, seed: int, base: str, threads: int, server: str | None
 ) -> dict[str, Any]:
     """The whole report, as JSON. ``server``: its address; None: one is started for this, and ended.
 
@@ -89,16 +88,16 @@ def compare_sides(
         if is_path(reference):
             left_out["server"] = "a server answers by names of the registry: import the adapter first"
         else:
-            with a_server(base, machine) if server is None else nullcontext(server) as url:
+            with a_server(base, threads, machine) if server is None else nullcontext(server) as url:
                 gaps["server"] = compare(graded, trainer, ask_server(url, reference, entry.digest, texts), limit)
         write_adapter(workplace / "peft", dataclasses.replace(checkpoint, kind="sampler", optimizer={}), {})
-        rows = ask_stock(resolve_base(base), workplace / "peft", machine, texts, workplace)
+        rows = ask_stock(resolve_base(base), workplace / "peft", machine, threads, texts, workplace)
         if rows is None:
             left_out["PEFT"] = "it is not installed: pip install peft"
         else:
             gaps["PEFT"] = compare(graded, trainer, rows, limit)
         stored = write_merged(base, checkpoint, workplace / "merged", None).dtype
-        rows = ask_stock(str(workplace / "merged"), None, machine, texts, workplace)
+        rows = ask_stock(str(workplace / "merged"), None, machine, threads, texts, workplace)
         assert rows is not None
         gaps["merged"] = compare(graded, trainer, rows, max(limit, LIMITS[stored]))
     return {
@@ -166,7 +165,7 @@ def ask_trainer(machine: Machine, name: str, texts: Sequence[Written]) -> Rows:
     return _picked(texts, machine.engine.forward(name, _flat(texts), "cross_entropy").result().logprobs_D)
 
 
-def ask_stock(model: str, adapter: Path | None, machine: Machine, texts: Sequence[Written], workplace: Path) -> Rows | None:
+def ask_stock(model: str, adapter: Path | None, machine: Machine, threads: int, texts: Sequence[Written], workplace: Path) -> Rows | None:
     """A model by name or folder, with a PEFT folder or none, in a process of its own, on the machine's device and in its dtype. None:
     PEFT is not installed.
 
@@ -180,7 +179,7 @@ def ask_stock(model: str, adapter: Path | None, machine: Machine, texts: Sequenc
         "adapter": None if adapter is None else str(adapter),
         "dtype": machine.engine.dtype,
         "device": str(machine.engine.base.device),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "rows": str(paths["rows"]),
         "out": str(paths["out"]),
     }
@@ -233,13 +232,13 @@ def _post(url: str, body: object) -> tuple[dict[str, Any], str | None]:
 
 
 @contextmanager
-def a_server(base: str, machine: Machine) -> Generator[str, None, None]:
+def a_server(base: str, threads: int, machine: Machine) -> Generator[str, None, None]:
     """``veneer serve`` on a free port, for as long as it is needed.
 
     Raises:
         RunError: it does not start.
     """
-    settings = {"--base": base, "--port": "0", "--threads": str(torch.get_num_threads()), "--device": machine.engine.base.device.type}
+    settings = {"--base": base, "--port": "0", "--threads": str(threads), "--device": machine.engine.base.device.type}
     command = [sys.executable, "-m", "veneer", "serve", *itertools.chain.from_iterable(settings.items())]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

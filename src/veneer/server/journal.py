@@ -8,6 +8,8 @@ was acknowledged survives the process's end at any moment; a power cut may take 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from typing import Any
 
 from veneer.types import StorageError
 
+LOG = logging.getLogger("veneer.server")
 Statement = tuple[str, Sequence[Any]]
 
 
@@ -94,6 +97,8 @@ class Journal:
 
 def _tell(written: asyncio.Future[None] | None, error: Exception | None) -> None:
     if written is None:
+        if error is not None:
+            LOG.error("%s", error)
         return
 
     def tell() -> None:
@@ -104,4 +109,5 @@ def _tell(written: asyncio.Future[None] | None, error: Exception | None) -> None
         else:
             written.set_exception(error)
 
-    written.get_loop().call_soon_threadsafe(tell)
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+        written.get_loop().call_soon_threadsafe(tell)

@@ -32,8 +32,8 @@ ALORA = "alora_invocation_tokens"
 
 
 def write_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Write a checkpoint; ``durable`` is ``new_folder``'s. ``facts`` go into ``veneer.json``: environment, seeds, scores,
-    parents, digests of tokenizer and template."""
+    """Write a checkpoint; ``durable`` is ``new_folder``'s. ``facts`` go into ``veneer.json``: environment, seeds, scores, parents,
+    digests of tokenizer and template."""
     with new_folder(folder, durable=durable) as aside:
         fill_adapter(aside, checkpoint, facts)
 

@@ -63,7 +63,7 @@ def aside_folder(parent: Path, stem: str) -> Generator[Path, None, None]:
 
 
 def settle(aside: Path, target: Path, *, durable: bool = True) -> None:
-    """Give a filled folder its name, with ``durable`` once all of it is on the disk. An old ``target`` is replaced."""
+    """Give a filled folder its name once all of it is on the disk. An old ``target`` is replaced."""
     for path in aside.iterdir() if durable else ():
         sync(path)
     if target.exists():
