@@ -20,11 +20,15 @@ LAYERS = {
 }
 NEVER = {"train": {"engine"}, "measure": {"engine"}, "studies": {"engine"}, "server": {"train"}}
 ONLY_IN = {"torch": {"engine", "cluster"}, "transformers": {"engine", "cluster", "render"}, "peft": set()}
+STOCK = "veneer.engine.stock"
+"""A program of its own: it may import PEFT when it runs, and nothing of ours ever."""
 LIGHT = {"types", "digest"}
 """Modules with the standard library, numpy and veneer's L0 alone."""
-ASSEMBLERS = {"assemble", "hosting"}
+ASSEMBLERS = {"assemble", "hosting", "sides"}
 """Modules of cli that bring everything together, and are imported by verbs inside functions."""
-CLI_TOP = {"veneer.cli.output", "veneer.types"}
+HOST = "veneer.cli.hosting"
+"""The one place where verbs meet the server."""
+CLI_TOP = {"veneer.cli.lazy", "veneer.cli.output", "veneer.types"}
 """What a verb's module may import of veneer before it is called."""
 
 
@@ -69,17 +73,19 @@ def violations(source: str, module: str) -> list[str]:
     for entry in imports(ast.parse(source), package.removesuffix(".__init__")):
         top, *rest = entry.module.split(".")
         where = f"{module}:{entry.line} imports {entry.module}"
-        if top in ONLY_IN and home not in ONLY_IN[top]:
+        if top in ONLY_IN and home not in ONLY_IN[top] and not (module == STOCK and top == "peft" and entry.in_function):
             found.append(f"{where}: only {sorted(ONLY_IN[top])} may")
         if home in LIGHT and top not in {"numpy", "veneer"} and top not in sys.stdlib_module_names:
             found.append(f"{where}: {home} is to stay light")
         if top != "veneer":
             continue
+        if module == STOCK:
+            found.append(f"{where}: it is to be stock")
         target = rest[0] if rest else "__init__"
         if target not in LAYERS:
             found.append(f"{where}: {target} is no part of the house")
             continue
-        same_floor = LAYERS[target] == LAYERS[home] and LAYERS[home] not in (0, 3)
+        same_floor = LAYERS[target] == LAYERS[home] and LAYERS[home] not in (0, 3) and module != HOST
         if target != home and (LAYERS[target] > LAYERS[home] or same_floor):
             found.append(f"{where}: L{LAYERS[home]} may not import L{LAYERS[target]}")
         if target in NEVER.get(home, ()):
@@ -128,6 +134,10 @@ def test_all_of_the_house_is_walked() -> None:
         ("from veneer.cli.assemble import start", "veneer.cli.train", "only inside functions"),
         ("if True:\n    from veneer.envs import load_env", "veneer.cli.eval", "only inside functions"),
         ("import veneer.magic", "veneer.train.rl", "no part of the house"),
+        ("import peft", "veneer.engine.lora", "only [] may"),
+        ("def f():\n    import peft", "veneer.engine.lora", "only [] may"),
+        ("from peft import PeftModel", "veneer.engine.stock", "only [] may"),
+        ("from veneer.types import Tokens", "veneer.engine.stock", "it is to be stock"),
         ("", "veneer.utils", "no part of the house"),
     ],
 )
@@ -150,6 +160,7 @@ def test_the_walk_can_fail(source: str, module: str, words: str) -> None:
         ("import numpy as np\nimport json\nfrom veneer import assets", "veneer.types"),
         ("def f():\n    from veneer.cli.assemble import start", "veneer.cli.train"),
         ("from veneer.engine import LoraEngine", "veneer.cli.assemble"),
+        ("import torch\ndef f():\n    from peft import PeftModel", "veneer.engine.stock"),
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from veneer.engine import LoraEngine", "veneer.train.rl"),
     ],
 )

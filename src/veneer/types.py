@@ -112,6 +112,22 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """What an adapter did to one row of tokens when it was saved. Whoever loads it can see whether it does the same there."""
+
+    tokens: tuple[int, ...]
+    base_logprobs: tuple[float, ...]
+    """[len(tokens) - 1] of each token but the first, in nats, under the base alone."""
+    logprobs: tuple[float, ...]
+    """The same with the adapter."""
+    digest: str
+    """The adapter's."""
+    base_digest: str
+    dtype: str
+    """Of the arithmetic that measured it."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Adapter weights at rest. ``training`` also holds the optimizer's moments, ``sampler`` the weights alone."""
 
@@ -123,6 +139,8 @@ class Checkpoint:
     """PEFT's names, ``<module>.lora_A.weight`` [r, d_in] and ``.lora_B.weight`` [d_out, r]; for full fine-tuning, parameter names."""
     optimizer: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
     """``m.<name>`` and ``v.<name>`` (Adam's moments) for every weight, and ``step``."""
+    canary: Canary | None = None
+    """None: it was not measured."""
 
 
 # ---------------------------------------------------------------- sampling

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from veneer.cli.lazy import LazyGroup
 from veneer.cli.output import emit, format_rate, json_option, print_table
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ ADAPTER = "ADAPTER is NAME (what its label live points to, else its newest versi
 label_option = click.option("--label", default="live", show_default=True, help="A name for a place that moves.")
 
 
-@click.group("adapters", short_help="Versions, labels, lineage and signatures of adapters; in from PEFT and out to it.")
+class Verbs(LazyGroup):
+    elsewhere = ("merge", "equivalence", "interfere")
+
+
+@click.group("adapters", cls=Verbs, short_help="Versions, labels, lineage and signatures of adapters; in from PEFT and out to it.")
 def command() -> None:
     """Adapters in $VENEER_HOME/adapters: PEFT folders with a manifest and a signature, and an index over them."""
 
@@ -159,6 +164,7 @@ def import_(folder: Path, name: str, base: str | None, sign: bool, as_json: bool
     """
     from veneer.assets import NANO
     from veneer.cli.assemble import start
+    from veneer.measure.canary import check_loaded, with_canary
     from veneer.store.adapters import MANIFEST, recorded_base
     from veneer.store.foreign import read_peft
     from veneer.store.registry import check_name
@@ -180,6 +186,8 @@ def import_(folder: Path, name: str, base: str | None, sign: bool, as_json: bool
         facts |= {"imported_from": {"folder": folder.name}}
         signed = sign
     machine.engine.load_state(name, checkpoint).result()
+    check_loaded(machine.engine, name, checkpoint, machine.canary)
+    checkpoint = checkpoint if checkpoint.canary else with_canary(machine.engine, name, checkpoint, machine.canary)
     digests = {"tokenizer_digest": machine.renderer.tokenizer_digest, "template_digest": machine.renderer.template_digest}
     version = registry.put(name, checkpoint, {**facts, **digests, "stage": "import"}, signed=signed)
     put = registry.resolve(f"{name}@{version}")
@@ -226,7 +234,7 @@ def stack(name: str, adapters: tuple[str, ...], as_json: bool) -> None:
     from veneer.types import AdapterError
 
     registry = _registry()
-    read = [(*registry.read(reference), scale) for reference, scale in map(_scaled, adapters)]
+    read = [(*registry.read(reference), scale) for reference, scale in map(with_scale, adapters)]
     first = read[0][1]
     for _, entry, _ in read:
         check_compatible(entry, first.base_digest, first.tokenizer_digest, first.template_digest)
@@ -244,7 +252,8 @@ def stack(name: str, adapters: tuple[str, ...], as_json: bool) -> None:
     emit(put.document(), as_json, lambda: print(f"{put.reference}, rank {put.rank}: {' + '.join(adapters)}"))
 
 
-def _scaled(text: str) -> tuple[str, float]:
+def with_scale(text: str) -> tuple[str, float]:
+    """ADAPTER or ADAPTER:SCALE."""
     reference, colon, scale = text.rpartition(":")
     if not colon or (text.startswith("sha256:") and text.count(":") == 1):
         return text, 1.0

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
+from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.render import Renderer
 from veneer.store.adapters import ALORA, read_manifest
 from veneer.store.entry import Entry, Score, check_compatible, now
@@ -24,10 +25,10 @@ from veneer.store.files import veneer_home
 from veneer.store.registry import Registry, is_path
 from veneer.store.run import REPORT, SUMMARY, Run
 from veneer.train import rl, sft
-from veneer.train.config import LoraSettings, RunConfig
+from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_config
 from veneer.train.report import render_report
 from veneer.train.session import Session, stop_signals
-from veneer.types import AdapterError, Checkpoint, EnvDataset
+from veneer.types import AdapterError, Checkpoint, EnvDataset, Tokens
 
 PATIENCE = 600.0
 """Seconds that a pass through the base may take."""
@@ -45,11 +46,18 @@ class Machine:
 
         Raises:
             AdapterError: it is missing, damaged, or made for another base, tokenizer or template.
+            AttestationError: it does not do here what it did where it was saved.
         """
         checkpoint = self.read(reference)
         name = checkpoint.adapter.name
         self.engine.load_state(name, checkpoint).result()
+        check_loaded(self.engine, name, checkpoint, self.canary)
         return name
+
+    @property
+    def canary(self) -> Tokens:
+        """The row of tokens that a fresh record is made of."""
+        return canary_tokens(self.renderer.vocab_size)
 
     def read(self, reference: str) -> Checkpoint:
         checkpoint, entry = Registry().read(reference)
@@ -91,6 +99,33 @@ def start_for(adapter: str | None, base: str, threads: int, device: str) -> tupl
     return machine, None if adapter is None else machine.load(adapter)
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where an adapter was trained: an environment, its arguments, and the limit of one turn there."""
+
+    env: EnvSettings
+    max_tokens: int
+
+    def dataset(self) -> EnvDataset:
+        return load_env(self.env.name, self.env.args)
+
+
+def home_of(reference: str, env: str | None = None, env_args: Sequence[str] = (), max_tokens: int | None = None) -> Home | None:
+    """As an adapter's manifest says it, each part replaced by what is given; None: it was trained in no environment, and none is given.
+
+    Raises:
+        AdapterError, ConfigError: there is no such adapter, or the arguments cannot be read.
+    """
+    manifest = read_manifest(Registry().resolve(reference).folder)
+    scores = manifest.get("scores") or []
+    settings = scores[0]["settings"] if scores and env in (None, manifest.get("env")) else {}
+    name = env or manifest.get("env")
+    if not name:
+        return None
+    chosen = make_config({"env": {"name": name, "args": settings.get("args", {})}}, [f"env.args.{argument}" for argument in env_args])
+    return Home(chosen.env, max_tokens or settings.get("max_tokens", chosen.rl.max_tokens))
+
+
 def run_folder(config: RunConfig) -> Path:
     return Path(config.folder) if config.folder else veneer_home() / "runs" / config.name
 
@@ -117,7 +152,8 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
         earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
         with stop_signals(session.stop):
             summary = asyncio.run(_loop(session, dataset))
-        checkpoint = machine.engine.save_state(session.adapter, "sampler").result()
+        saved = machine.engine.save_state(session.adapter, "sampler").result()
+        checkpoint = with_canary(machine.engine, session.adapter, saved, session.canary)
         version = Registry().put(session.adapter, checkpoint, session.facts(**_scores(config, summary)))
         summary |= {
             "run_folder": str(run.folder),

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import uvicorn
 
 from veneer.cli.assemble import PATIENCE
 from veneer.engine import LoraEngine, load_base, set_threads
+from veneer.measure.canary import canary_tokens, check_loaded
 from veneer.render import Renderer
 from veneer.server.access import is_loopback
 from veneer.server.app import make_app
@@ -53,7 +55,9 @@ def serve(
     served = []
     for base, engine in engines.items():
         assert engine.base.tokenizer is not None
-        served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
+        renderer, shelf = Renderer(engine.base.tokenizer), Shelf(worker, engine)
+        shelf.on_load.append(partial(check_loaded, engine, tokens=canary_tokens(renderer.vocab_size)))
+        served.append(Served(tuple(names[base]), engine, renderer, shelf))
     app = make_app(Bases(served), worker, home, limits, lines)
     gc.freeze()
     where = f"http://{host}:{listening.getsockname()[1]}"

@@ -50,6 +50,11 @@ class Renderer:
         assert isinstance(text, str)
         return text
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the tokenizer knows; a base may have room for more."""
+        return len(self.tokenizer)
+
     def encode(self, text: str) -> Tokens:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), np.int64)
 

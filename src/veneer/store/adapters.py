@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from veneer.digest import digest_adapter, digest_arrays
 from veneer.store.files import new_folder
 from veneer.store.signature import check_signature
-from veneer.types import Adapter, AdapterError, Checkpoint, LoraConfig, in_one_line
+from veneer.types import Adapter, AdapterError, Canary, Checkpoint, LoraConfig, in_one_line
 
 PEFT_PREFIX = "base_model.model."
 CONFIG, WEIGHTS, FULL_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
@@ -46,6 +46,7 @@ def fill_adapter(folder: Path, checkpoint: Checkpoint, facts: Mapping[str, Any])
         **dataclasses.asdict(checkpoint.adapter),
         "lora": None if checkpoint.config is None else dataclasses.asdict(checkpoint.config),
         "optimizer_digest": digest_arrays(checkpoint.optimizer) if checkpoint.optimizer else None,
+        "canary": None if checkpoint.canary is None else dataclasses.asdict(checkpoint.canary),
         **facts,
     }
     if checkpoint.config is None:
@@ -73,6 +74,7 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         manifest = json.loads((folder / MANIFEST).read_text())
         adapter = Adapter(*(manifest[f.name] for f in dataclasses.fields(Adapter)))
         config = None if manifest["lora"] is None else LoraConfig(**_tuples(manifest["lora"]))
+        canary = Canary(**_tuples(manifest["canary"])) if manifest.get("canary") else None
         raw = load_file(folder / (FULL_WEIGHTS if config is None else WEIGHTS))
         weights = {name.removeprefix(PEFT_PREFIX): array for name, array in raw.items()}
         optimizer = load_file(folder / OPTIMIZER) if manifest["kind"] == "training" else {}
@@ -88,7 +90,7 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         raise AdapterError(f"{folder} is damaged: {OPTIMIZER} does not have the digest in {MANIFEST}; {ANOTHER}")
     if not same:
         raise AdapterError(f"{folder} is damaged: r, lora_alpha or {ALORA} in {CONFIG} is not that of {MANIFEST}; {ANOTHER}")
-    return Checkpoint(manifest["kind"], adapter, config, weights, optimizer), manifest
+    return Checkpoint(manifest["kind"], adapter, config, weights, optimizer, canary), manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest says beside the checkpoint itself and its place in a registry."""
-    own = {"format", "kind", "lora", "optimizer_digest", "registry", *(f.name for f in dataclasses.fields(Adapter))}
+    own = {"format", "kind", "lora", "optimizer_digest", "canary", "registry", *(f.name for f in dataclasses.fields(Adapter))}
     return {key: value for key, value in manifest.items() if key not in own}
 
 

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.measure.canary import ask_sampled, ask_trained, canary_tokens, check_loaded, judge, make_canary
 from veneer.render import Renderer
 from veneer.store.entry import Parent, check_compatible
 from veneer.store.registry import is_path
 from veneer.store.run import Run
 from veneer.train.config import RunConfig
-from veneer.types import Adapter, AttestationError, Checkpoint, Engine, RunError
+from veneer.types import Adapter, AttestationError, Checkpoint, Engine, Floats, RunError, Tokens
 
 Metrics = dict[str, Any]
 
@@ -41,9 +42,14 @@ class Session:
     base_before: str = ""
     """The base's digest in memory when the session began."""
     stop: threading.Event = field(default_factory=threading.Event)
+    canary: Tokens = field(init=False)
+    _base_logprobs: Floats = field(init=False)
+    """Of the canary, when the session began."""
 
     def __post_init__(self) -> None:
         self.base_before = self.engine.measure_base_digest()
+        self.canary = canary_tokens(self.renderer.vocab_size)
+        self._base_logprobs = ask_trained(self.engine, None, self.canary).result().logprobs_D[0]
 
     @property
     def adapter(self) -> str:
@@ -77,18 +83,20 @@ class Session:
             mine = (self.engine.base_digest, self.renderer.tokenizer_digest, self.renderer.template_digest)
             check_compatible(manifest, *mine, what=f"the run in {self.run.folder}")
             await self.engine.load_state(self.adapter, checkpoint)
+            check_loaded(self.engine, self.adapter, checkpoint, self.canary)
             self.run.rewind(step)  # only now: a refused resume has lost nothing
             return step + 1
         self.run.rewind(-1)
         if self.init is not None:
             await self.engine.load_state(self.adapter, self.init)
+            check_loaded(self.engine, self.adapter, self.init, self.canary)
         return 0
 
     async def publish_changed(self, before: Adapter) -> Adapter:
         """Publish after an optimizer step.
 
         Raises:
-            AttestationError: the step left every byte of the adapter as it was.
+            AttestationError: the step left every byte of the adapter as it was, or what is sampled now does not do what was trained.
         """
         after = await self.engine.publish(self.adapter)
         if after.digest == before.digest:
@@ -96,7 +104,20 @@ class Session:
                 f"the optimizer step to version {after.version} changed nothing that is sampled: the learning rate is 0 or too small "
                 "for the weights' precision, no gradient arrived, or the new weights were not published"
             )
+        await self._check_published(after)
         return after
+
+    async def _check_published(self, published: Adapter) -> None:
+        """Sample the canary: with the adapter it must have the log-probabilities of the training weights, without it those it had when
+        the session began."""
+        engine, row = self.engine, self.canary
+        trained, base, adapted = (
+            ask_trained(engine, self.adapter, row),
+            ask_sampled(engine, None, row),
+            ask_sampled(engine, self.adapter, row),
+        )
+        canary = make_canary(row, self._base_logprobs, (await trained).logprobs_D[0], published, engine.dtype)
+        judge(canary, (await base)[0], (await adapted)[0], engine.dtype)
 
     def check_base(self) -> str:
         """The base's digest as it is in memory now.

@@ -7,12 +7,14 @@ the bit on a CPU; operations that were answered keep their answers.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.server.bases import Served
 from veneer.server.tinker import requests, wire
 from veneer.server.tinker.promises import Promise, Promises
@@ -113,13 +115,18 @@ class Run:
     async def _begin(self, read: Callable[[], Checkpoint]) -> None:
         try:
             checkpoint = await asyncio.to_thread(read)
-            await self._ask(lambda: self.served.engine.load_state(self.row.id, checkpoint))
+            await self._loaded(checkpoint)
         except Exception as error:
             LOG.exception("the state of %s cannot be read", self.row.id)
             self.failed = RunError(f"the state of {self.row.id} cannot be read: {error}")
 
     def _read_state(self, folder: str) -> Checkpoint:
         return read_adapter(Path(folder))[0]
+
+    async def _loaded(self, checkpoint: Checkpoint) -> None:
+        engine, row = self.served.engine, canary_tokens(self.served.renderer.vocab_size)
+        await self._ask(lambda: engine.load_state(self.row.id, checkpoint))
+        await self.served.shelf.worker.run(lambda: check_loaded(engine, self.row.id, checkpoint, row))
 
     def _ask(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         return self.served.shelf.worker.ask(self.served.engine, call)
@@ -161,8 +168,8 @@ class Run:
         row = self.checkpoints.find(body.path, promise.owner, ("weights",))
         checkpoint = await asyncio.to_thread(lambda: read_adapter(Path(row.folder))[0])
         if not body.optimizer:
-            checkpoint = Checkpoint("sampler", checkpoint.adapter, checkpoint.config, checkpoint.weights)
-        await self._ask(lambda: self.served.engine.load_state(self.row.id, checkpoint))
+            checkpoint = dataclasses.replace(checkpoint, kind="sampler", optimizer={})
+        await self._loaded(checkpoint)
         self._spoilt = None
         if checkpoint.config is not None:
             self.row.lora = checkpoint.config
@@ -202,10 +209,16 @@ class Run:
             checkpoint = await self._ask(lambda: self.served.engine.save_state(self.row.id))
             self._saving = asyncio.create_task(self._write_state(promise.seq, checkpoint, [*self._covered, promise]))
 
+    async def _saved(self, kind: Literal["training", "sampler"]) -> Checkpoint:
+        """The weights as they are, with a record of what they do."""
+        engine, row = self.served.engine, canary_tokens(self.served.renderer.vocab_size)
+        checkpoint = await self._ask(lambda: engine.save_state(self.row.id, kind))
+        return await self.served.shelf.worker.run(lambda: with_canary(engine, self.row.id, checkpoint, row))
+
     async def _save_weights(self, promise: Promise) -> None:
         body = requests.parse(requests.SaveWeights, promise.body)
         self.checkpoints.check(self.row.id, "weights", body.path, body.ttl_seconds, body.overwrite)
-        checkpoint = await self._ask(lambda: self.served.engine.save_state(self.row.id))
+        checkpoint = await self._saved("training")
         path = await self.checkpoints.save(self.row, "weights", body.path, checkpoint, body.ttl_seconds, body.user_metadata)
         self.promises.resolve(promise, {"path": path, "type": "save_weights"})
 
@@ -213,7 +226,7 @@ class Run:
         body = requests.parse(requests.SaveWeightsForSampler, promise.body)
         if body.path is not None:
             self.checkpoints.check(self.row.id, "sampler_weights", body.path, body.ttl_seconds, overwrite=False)
-        checkpoint = await self._ask(lambda: self.served.engine.save_state(self.row.id, "sampler"))
+        checkpoint = await self._saved("sampler")
         if body.path is not None:
             kind = "sampler_weights"
             path = await self.checkpoints.save(self.row, kind, body.path, checkpoint, body.ttl_seconds, body.user_metadata)
@@ -226,7 +239,7 @@ class Run:
         body = requests.parse(requests.SaveWeightsExternal, promise.body)
         self.checkpoints.check(self.row.id, "external_weights", body.path, body.ttl_seconds, overwrite=False)
         recipients = self.checkpoints.recipients(body.age_encryption_recipients)
-        checkpoint = await self._ask(lambda: self.served.engine.save_state(self.row.id, "sampler"))
+        checkpoint = await self._saved("sampler")
         path = await self.checkpoints.save(
             self.row, "external_weights", body.path, checkpoint, body.ttl_seconds, None, recipients=recipients
         )

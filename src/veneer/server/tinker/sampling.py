@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from veneer.measure.canary import check_drawn
 from veneer.server.bases import Bases, Served
 from veneer.server.journal import Journal
 from veneer.server.tinker import requests, wire
@@ -18,7 +19,7 @@ from veneer.server.tinker.checkpoints import Checkpoints
 from veneer.server.tinker.promises import Promise, Promises
 from veneer.server.tinker.state import RunRow, SamplerRow, put, row_of
 from veneer.store.adapters import read_adapter, write_adapter
-from veneer.types import Checkpoint, DataError, RequestError, SamplingParams
+from veneer.types import AttestationError, Checkpoint, DataError, RequestError, SamplingParams
 
 CLONE = 1_000_000_000
 """Sequence numbers of a cloned client begin at a multiple of this."""
@@ -111,7 +112,7 @@ class Sampling:
             async with AsyncExitStack() as stack:
                 name = None
                 if digest is not None:
-                    name = await stack.enter_async_context(served.shelf.hold(digest, lambda: read_adapter(Path(str(folder)))[0]))
+                    name = await stack.enter_async_context(served.shelf.hold(digest, lambda: _read(str(folder), digest)))
                 content = await self._draw(served, name, body, int(promise.facts["seed"]))
             self.promises.resolve(promise, content, wire.PROTOBUF)
         except asyncio.CancelledError:
@@ -143,6 +144,7 @@ class Sampling:
                 prompt_targets=None if targets is None else targets.tokens,
             ),
         )
+        check_drawn(samples, name, engine.base_digest)  # a shelf's names are digests
         return wire.sample_bytes(samples, targets, body.prompt_logprobs_last_n)
 
     def _params(self, wanted: requests.Sampling, room: int, seed: int) -> SamplingParams:
@@ -154,6 +156,17 @@ class Sampling:
         tokens = None if stop is None else () if isinstance(stop, str) else tuple(s for s in stop if isinstance(s, int))
         limit = max(room, 1) if wanted.max_tokens is None else wanted.max_tokens
         return SamplingParams(limit, wanted.temperature, max(wanted.top_k, 0), wanted.top_p, texts, tokens, seed)
+
+
+def _read(folder: str, digest: str) -> Checkpoint:
+    """
+    Raises:
+        AttestationError: the folder holds another adapter than the session was made on.
+    """
+    checkpoint = read_adapter(Path(folder))[0]
+    if checkpoint.adapter.digest != digest:
+        raise AttestationError(f"the session samples from {digest[:12]}, and {folder} holds {checkpoint.adapter.digest[:12]}")
+    return checkpoint
 
 
 def _targets(fields: requests.TensorFields, prompt: int) -> wire.PromptTargets:
