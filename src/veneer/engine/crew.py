@@ -16,11 +16,12 @@ from torch import Tensor
 from veneer.engine import compiled
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.base import Base, Head
-from veneer.engine.batch import Batch, Completion, SampleRequest
+from veneer.engine.batch import Batch
 from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, Shared, StepLayout, capacity_for
-from veneer.engine.draws import Chooser, uniforms
+from veneer.engine.draws import Chooser, Drawn, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
-from veneer.engine.logprobs import target_logprobs
+from veneer.engine.request import Completion, SampleRequest
+from veneer.engine.scores import score_prompt
 from veneer.types import RunError
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class Crew:
         if self.starting:
             self.starting.sort(key=lambda group: -1 if group[0].request.slot is None else group[0].request.slot)
             fresh = [row for group in self.starting for row in group]
-            self._take(fresh, *self._read(self.starting), ending)
+            self._take(fresh, self._read(self.starting), ending)
             self.starting = []
             ending |= {row.request: None for row in fresh if not row.budget}
             for row in fresh:
@@ -131,36 +132,40 @@ class Crew:
                     self._leave(row)
             self.batch = self._sorted(self.batch.rows + [row for row in fresh if not row.ended])
         if self.batch.rows:
-            tokens, logprobs = self._step()
-            self._take(self.batch.rows, tokens, logprobs, ending)
-            self.batch.advance(tokens)
+            drawn = self._step()
+            self._take(self.batch.rows, drawn, ending)
+            self.batch.advance(drawn.tokens)
         return [request for request in ending if request.done and not request.cancelled]
 
-    def _take(self, rows: Sequence[Completion], tokens: Tensor, logprobs: Tensor, ending: dict[SampleRequest, None]) -> None:
+    def _take(self, rows: Sequence[Completion], drawn: Drawn, ending: dict[SampleRequest, None]) -> None:
         if self.given_up:
             raise RunError("this pass was given up")  # its thread was left behind, and its rows have started anew
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        for found in drawn.likeliest:
+            for i, tokens, logprobs in zip(found.rows, found.tokens, found.logprobs, strict=True):
+                if not rows[i].ended:
+                    rows[i].likeliest.append((tokens, logprobs))
+        for row, token, logprob in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
             if not row.ended:
                 self._append(row, token, logprob)
                 if row.stop_reason is not None:
                     ending[row.request] = None
 
-    def _step(self) -> tuple[Tensor, Tensor]:
-        """Run the model on the newest token of every row: tokens and log-probabilities [rows]."""
+    def _step(self) -> Drawn:
+        """Run the model on the newest token of every row."""
         batch = self.batch
         for bank in batch.banks:
             bank.begin(batch.positions, batch.step)
         flat = Flat(batch.newest, batch.positions, StepLayout(batch.banks), batch.segments, batch.places)
-        return self.weights.infer(flat, lambda hidden, head: batch.choose(head(hidden, 0), batch.draws[batch.step]), published=True)
+        return self.weights.infer(flat, lambda hidden, head: batch.choose.draw(head(hidden, 0), batch.draws[batch.step]), published=True)
 
-    def _read(self, started: list[list[Completion]]) -> tuple[Tensor, Tensor]:
-        """Run the model on the prompts of the rows that start: their first tokens and log-probabilities [rows]."""
+    def _read(self, started: list[list[Completion]]) -> Drawn:
+        """Run the model on the prompts of the rows that start, and draw their first tokens."""
         device = self.base.device
         prompts, lines, at = [group[0].request.prompt for group in started], list[Row](), 0
         for prompt in prompts:
             lines.append(Row(at, len(prompt)))
             at += len(prompt)
-        scored = [any(row.request.prompt_logprobs for row in group) for group in started]
+        scored = [any(row.request.wish for row in group) for group in started]
         wanted = [range(0 if all_of_it else len(prompt) - 1, len(prompt)) for prompt, all_of_it in zip(prompts, scored, strict=True)]
         slots = [group[0].request.slot for group in started]
         fills = [fill for group, line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
@@ -184,25 +189,26 @@ class Crew:
             homes.setdefault(id(row.bank), (row.bank, []))[1].append(row.place)
         return [Fill(line.start, line.length, bank, torch.tensor(places, device=self.base.device)) for bank, places in homes.values()]
 
-    def _start_drawing(self, hidden: Tensor, head: Head, started: list[list[Completion]], scored: list[bool]) -> tuple[Tensor, Tensor]:
+    def _start_drawing(self, hidden: Tensor, head: Head, started: list[list[Completion]], scored: list[bool]) -> Drawn:
         """Score the prompts that are to be scored, and choose the first tokens of the rows."""
         device, at, last = self.base.device, 0, list[int]()
         for group, all_of_it in zip(started, scored, strict=True):
-            prompt = group[0].request.prompt
             if all_of_it:
-                targets = torch.from_numpy(prompt[1:]).to(device)
-                scores = target_logprobs(hidden[at : at + len(targets)], targets, head, at) if len(targets) else hidden.new_empty(0)
-                for row in group:
-                    if row.request.prompt_logprobs:
-                        row.request.scores = np.concatenate([[np.nan], scores.cpu().numpy()]).astype(np.float32)
-                at += len(targets)
+                prompt = group[0].request.prompt
+                asking = list({row.request: None for row in group if row.request.wish})
+                places = slice(at, at + len(prompt) - 1)
+                scores = score_prompt(hidden[places], head, at, prompt, [request.wish for request in asking])
+                for request, found in zip(asking, scores, strict=True):
+                    request.scores = found
+                at = places.stop
             last.append(at)
             at += 1
         logits = torch.cat([head(hidden[i : i + 1], i) for i in last]) if any(scored) else head(hidden, 0)
         fresh = [row for group in started for row in group]
         source = torch.tensor([i for i, group in enumerate(started) for _ in group], device=device)
         draws = uniforms(torch.tensor([row.key for row in fresh], device=device), torch.zeros(len(fresh), dtype=torch.long, device=device))
-        return Chooser([row.request.params for row in fresh], device)(logits[source], draws)
+        choose = Chooser([row.request.params for row in fresh], device, [row.request.top_logprobs for row in fresh])
+        return choose.draw(logits[source], draws)
 
     def _append(self, row: Completion, token: int, logprob: float) -> None:
         row.tokens.append(token)

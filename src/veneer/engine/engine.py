@@ -12,15 +12,16 @@ import torch
 
 from veneer.digest import digest_adapter
 from veneer.engine.base import Base
-from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.full import FullStack
 from veneer.engine.lanes import Lanes
 from veneer.engine.lora import LoraStack
 from veneer.engine.losses import resolve_loss
-from veneer.engine.memory import out_of_memory, total_memory
+from veneer.engine.memory import out_of_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
+from veneer.engine.request import Completion, SampleRequest, check_request
 from veneer.engine.sampler import Sampler
+from veneer.engine.scores import PromptScores, PromptWish
 from veneer.engine.trainer import Trainer, to_output
 from veneer.types import (
     AdamParams,
@@ -30,10 +31,10 @@ from veneer.types import (
     Checkpoint,
     DataError,
     Datum,
-    Floats,
     ForwardBackwardOutput,
     LoraConfig,
     LossName,
+    Piece,
     RequestError,
     RunError,
     Sample,
@@ -132,11 +133,23 @@ class LocalEngine:
     # ------------------------------------------------ passes
 
     def sample(
-        self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
+        self,
+        prompt: Tokens,
+        adapter: str | None,
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        prompt_logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_top_logprobs: int = 0,
+        prompt_targets: Tokens | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> EngineFuture[list[Sample]]:
-        self._check_prompt(prompt, params, n)
+        targets = None if prompt_targets is None else np.array(prompt_targets, np.int64)
+        wish = PromptWish(prompt_logprobs, prompt_top_logprobs, targets)
+        request = SampleRequest(np.array(prompt, np.int64), None, params, n, wish, top_logprobs, on_piece)
+        check_request(request, self.base)
         self._check_known(adapter)
-        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), None, params, n, prompt_logprobs)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
 
     def forward(
@@ -166,27 +179,6 @@ class LocalEngine:
         """The adapter is here, or a load that will bring it is queued."""
         if adapter is not None and adapter not in self._slots and not any(request.adapter == adapter for request in self._queue):
             self._slot(adapter)
-
-    def _check_prompt(self, prompt: Tokens, params: SamplingParams, n: int) -> None:
-        if not 0 < len(prompt) < self.context_length:
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens; it must have from 1 to {self.context_length - 1}, the base's context less one"
-            )
-        if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
-            raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
-        length = min(len(prompt) + params.max_tokens, self.context_length)
-        need, there = self.base.cache_numbers * self.base.dtype.itemsize * length, total_memory(self.base.device)
-        if need > there:
-            raise DataError(
-                f"{length:,} tokens of prompt and completion need {need / 2**30:.1f} GiB of cache; the machine has "
-                f"{there / 2**30:.1f} GiB of memory. Lower max_tokens"
-            )
-        if params.stop and self.base.tokenizer is None:
-            raise RequestError("stop texts need the base's tokenizer, and this base was made without one; use stop_token_ids")
-        if n < 1 or params.max_tokens < 0:
-            raise RequestError("n must be at least 1 and max_tokens at least 0")
-        if not 0 <= params.temperature < math.inf or params.top_k < 0 or not 0 < params.top_p <= 1:
-            raise RequestError("temperature must be a number from 0, top_k must not be negative, and top_p must be above 0 and at most 1")
 
     def _check_provenance(self, name: str, data: Sequence[Datum]) -> None:
         """A batch may only be trained by the adapter that sampled it, in a version that this engine published."""
@@ -381,19 +373,47 @@ class LocalEngine:
         if self._sampler.idle:
             return 0
         done = self._sampler.step()
+        self._tell()
         for sample in done:
-            request = self._sampling.pop(sample)
+            request = self._sampling.pop(sample, None)
+            if request is None:  # given up while it was told
+                continue
             published = None if request.adapter is None else self._slot(request.adapter).published
-            request.future.set_result([self._to_sample(row, published, sample.scores) for row in sample.rows])
+            request.future.set_result([self._to_sample(row, published) for row in sample.rows])
         failed, self._sampler.failed = self._sampler.failed, []
         for sample, error in failed:
             _fail([self._sampling.pop(sample)], error)
         return len(done) + len(failed)
 
-    def _to_sample(self, row: Completion, published: Adapter | None, prompt_logprobs: Floats | None) -> Sample:
-        tokens, logprobs = np.array(row.tokens, np.int64), np.array(row.logprobs, np.float32)
-        reason: Literal["stop", "length"] = "stop" if row.stop_reason == "stop" else "length"
-        return Sample(tokens, logprobs, reason, self.base_id, published, prompt_logprobs)
+    def _tell(self) -> None:
+        """Hand over what was drawn since the last time to those who listen."""
+        for sample, request in list(self._sampling.items()):
+            if sample.on_piece is None:
+                continue
+            try:
+                for piece in sample.pieces():
+                    if request.future.done():
+                        break
+                    sample.on_piece(piece)
+            except Exception as error:
+                if sample in self._sampling:
+                    self._stop_sampling(sample)
+                    request.future.set_error(error)
+
+    def _to_sample(self, row: Completion, published: Adapter | None) -> Sample:
+        assert row.stop_reason is not None
+        scores = row.request.scores or PromptScores()
+        return Sample(
+            np.array(row.tokens, np.int64),
+            np.array(row.logprobs, np.float32),
+            row.stop_reason,
+            self.base_id,
+            published,
+            scores.logprobs,
+            row.top_logprobs(),
+            scores.top,
+            scores.targets,
+        )
 
     def _run_passes(self, requests: list[Request]) -> None:
         passes = [(r, r.train) for r in requests if r.train is not None]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from veneer.engine.batch import SampleRequest
 from veneer.engine.packing import PassRequest
+from veneer.engine.request import SampleRequest
 from veneer.types import AdamParams
 
 T = TypeVar("T")
+LOG = logging.getLogger("veneer.engine")
 
 
 class EngineFuture(Generic[T]):
@@ -25,27 +28,33 @@ class EngineFuture(Generic[T]):
         self._value: T | None = None
         self._error: BaseException | None = None
         self._done = False
-        self._callbacks: list[Callable[[EngineFuture[T]], None]] = []
+        self._callbacks: deque[Callable[[EngineFuture[T]], None]] = deque()
 
     def set_result(self, value: T) -> None:
         self._value, self._done = value, True
-        self._tell()
+        self._call_back()
 
     def set_error(self, error: BaseException) -> None:
         self._error, self._done = error, True
-        self._tell()
-
-    def _tell(self) -> None:
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
+        self._call_back()
 
     def add_done_callback(self, callback: Callable[[EngineFuture[T]], None]) -> None:
-        """Call it with this future when it is answered, on the thread that answers; at once if it is."""
+        """Call it with this future, once, when the result or an error is set, on the thread that sets it; at once if it is there. That is
+        in the middle of a step, so it must neither run nor change the engine. What it raises is logged and goes no further."""
+        self._callbacks.append(callback)
         if self._done:
-            callback(self)
-        else:
-            self._callbacks.append(callback)
+            self._call_back()
+
+    def _call_back(self) -> None:
+        while self._callbacks:
+            try:
+                callback = self._callbacks.popleft()  # whoever takes it calls it, so that two threads do not call it twice
+            except IndexError:
+                return
+            try:
+                callback(self)
+            except Exception:
+                LOG.exception("a callback of a future failed")
 
     def done(self) -> bool:
         return self._done
@@ -54,8 +63,8 @@ class EngineFuture(Generic[T]):
         """Give the request up and free its place in the batch. False: it is answered already. A cancelled task cancels what it awaits."""
         if self._done:
             return False
-        self.set_error(asyncio.CancelledError())
         self._cancel(self)
+        self.set_error(asyncio.CancelledError())
         return True
 
     def result(self) -> T:

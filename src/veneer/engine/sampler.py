@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.engine.base import Base
-from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.crew import Crew, Weights
 from veneer.engine.draws import sequence_key
 from veneer.engine.lanes import Lanes
 from veneer.engine.memory import out_of_memory
+from veneer.engine.request import Completion, SampleRequest
 
 ROWS = {"cpu": 512, "cuda": 1024}
 """Completions that decode together."""
@@ -127,7 +127,8 @@ class Sampler:
         params = request.params
         budget = min(params.max_tokens, self.base.context_length - len(request.prompt))
         stop_tokens = frozenset(self.base.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids)
-        rows = [Completion(request, budget, sequence_key(params.seed, first + i), stop_tokens) for i in range(count)]
+        indices = range(first, first + count)
+        rows = [Completion(request, i, budget, sequence_key(params.seed, i), stop_tokens) for i in indices]
         if budget == 0:
             for row in rows:
                 row.stop_reason = "length"
