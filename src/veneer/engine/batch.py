@@ -54,13 +54,13 @@ class Batch:
         def column(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
-        segments = runs(Segment(row.request.slot, 1, 1) for row in rows)
+        segments = runs(Segment(row.acting.slot, 1, 1) for row in rows)
         width = max([TILE, *(s.tokens for s in segments)])
         if len(segments) * width <= SLACK * len(rows) and stackable([s.slot for s in segments]):
             segments = [Segment(s.slot, width, s.wanted) for s in segments]
         starts = accumulate((s.tokens for s in segments[:-1]), initial=0)
         taken = {s.slot: iter(range(start, start + s.tokens)) for s, start in zip(segments, starts, strict=False)}
-        places = [next(taken[row.request.slot]) for row in rows]
+        places = [next(taken[row.acting.slot]) for row in rows]
         line = max(sum(s.tokens for s in segments), TILE) if rows else 0
         at = column(places)
         counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])

@@ -82,6 +82,12 @@ class Bank:
     def release(self, slots: Sequence[int]) -> None:
         self.free += slots
 
+    def wipe(self, slot: int) -> None:
+        """Torch's attention multiplies what a row must not see by zero, and zero times infinity is no number."""
+        for stored in (self.keys, self.values):
+            for layer in stored.values():
+                layer[slot].zero_()
+
     def arrays(self, layer: int, like: Bank) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a layer on a CPU, made when first needed, with heads as another bank has them."""
         if layer not in self._arrays:

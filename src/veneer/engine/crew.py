@@ -6,6 +6,7 @@ of each row. A crew needs nothing of another, so two of them run on two threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -20,7 +21,7 @@ from veneer.engine.batch import Batch
 from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, Shared, StepLayout, capacity_for
 from veneer.engine.draws import Chooser, Drawn, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
-from veneer.engine.request import Completion, SampleRequest
+from veneer.engine.request import Acting, Completion, SampleRequest
 from veneer.engine.scores import score_prompt
 from veneer.types import RunError
 
@@ -52,6 +53,11 @@ class Weights(Protocol):
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]: ...
 
 
+def _rank(acting: Acting) -> int:
+    """Tokens of one adapter lie together."""
+    return -1 if acting.slot is None else acting.slot
+
+
 class Crew:
     def __init__(self, base: Base, weights: Weights) -> None:
         self.base, self.weights = base, weights
@@ -62,7 +68,11 @@ class Crew:
         self.starting: list[list[Completion]] = []
         """Rows that the next pass lets in, by adapter and prompt."""
         self.stale = False
-        """A request was cancelled: its rows leave before the next pass."""
+        """Some rows must leave before the next pass."""
+        self.switched = False
+        """For some row another adapter acts from the next step on."""
+        self.failed: list[SampleRequest] = []
+        """For the sampler to take away."""
         self.given_up = False
 
     @property
@@ -92,7 +102,7 @@ class Crew:
     def _sorted(self, rows: list[Completion]) -> Batch:
         outgrown = [row for row in rows if row.left <= 0]
         self._move(outgrown)
-        order = sorted(rows, key=lambda row: (-1 if row.request.slot is None else row.request.slot, id(row.bank), row.place))
+        order = sorted(rows, key=lambda row: (_rank(row.acting), id(row.bank), row.place))
         return self._gather(order)
 
     def start(self, rows: list[Completion]) -> None:
@@ -122,33 +132,54 @@ class Crew:
         """Read the prompts of the rows that start, and draw a token for every row; returns the requests that are done by it."""
         ending: dict[SampleRequest, None] = {}
         if self.starting:
-            self.starting.sort(key=lambda group: -1 if group[0].request.slot is None else group[0].request.slot)
+            self.starting.sort(key=lambda group: _rank(group[0].request.spans[0].acting))
             fresh = [row for group in self.starting for row in group]
             self._take(fresh, self._read(self.starting), ending)
+            for row in {row.request: row for row in fresh}.values():
+                if row.request.scores is not None and not row.request.scores.finite(row.request.wish):
+                    self._fail(row)
             self.starting = []
             ending |= {row.request: None for row in fresh if not row.budget}
             for row in fresh:
                 if row.ended:
                     self._leave(row)
-            self.batch = self._sorted(self.batch.rows + [row for row in fresh if not row.ended])
+            self.batch, self.switched = self._sorted(self.batch.rows + [row for row in fresh if not row.ended]), False
         if self.batch.rows:
             drawn = self._step()
             self._take(self.batch.rows, drawn, ending)
             self.batch.advance(drawn.tokens)
+            if self.switched:
+                self.batch, self.switched = self._sorted(self.batch.rows), False
         return [request for request in ending if request.done and not request.cancelled]
 
     def _take(self, rows: Sequence[Completion], drawn: Drawn, ending: dict[SampleRequest, None]) -> None:
         if self.given_up:
             raise RunError("this pass was given up")  # its thread was left behind, and its rows have started anew
+        told = drawn.logprobs.tolist()
+        if not math.isfinite(sum(told)):
+            self._reject([row for row, logprob in zip(rows, told, strict=True) if not math.isfinite(logprob)])
         for found in drawn.likeliest:
             for i, tokens, logprobs in zip(found.rows, found.tokens, found.logprobs, strict=True):
                 if not rows[i].ended:
                     rows[i].likeliest.append((tokens, logprobs))
-        for row, token, logprob in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
+        for row, token, logprob in zip(rows, drawn.tokens.tolist(), told, strict=True):
             if not row.ended:
                 self._append(row, token, logprob)
                 if row.stop_reason is not None:
                     ending[row.request] = None
+
+    def _reject(self, rows: Sequence[Completion]) -> None:
+        """These drew from what is no distribution. Some may have ended before, and are still in the batch."""
+        self.stale = True
+        for row in rows:
+            row.spoilt = True
+            if not row.ended:
+                self._fail(row)
+
+    def _fail(self, row: Completion) -> None:
+        row.request.fail(row.turn)
+        self.failed.append(row.request)
+        self.stale = True
 
     def _step(self) -> Drawn:
         """Run the model on the newest token of every row."""
@@ -160,21 +191,25 @@ class Crew:
 
     def _read(self, started: list[list[Completion]]) -> Drawn:
         """Run the model on the prompts of the rows that start, and draw their first tokens."""
-        device = self.base.device
-        prompts, lines, at = [group[0].request.prompt for group in started], list[Row](), 0
-        for prompt in prompts:
-            lines.append(Row(at, len(prompt)))
-            at += len(prompt)
+        device, at = self.base.device, 0
+        lines, segments, wanted = list[Row](), list[Segment](), list[int]()
         scored = [any(row.request.wish for row in group) for group in started]
-        wanted = [range(0 if all_of_it else len(prompt) - 1, len(prompt)) for prompt, all_of_it in zip(prompts, scored, strict=True)]
-        slots = [group[0].request.slot for group in started]
+        for group, all_of_it in zip(started, scored, strict=True):
+            request = group[0].request
+            length = len(request.prompt)
+            first = 0 if all_of_it else length - 1
+            lines.append(Row(at, length))
+            for span in request.spans:
+                segments.append(Segment(span.acting.slot, span.stop - span.start, max(0, span.stop - max(first, span.start))))
+            wanted += range(at + first, at + length)
+            at += length
         fills = [fill for group, line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
         flat = Flat(
-            filled(np.concatenate(prompts).tolist(), device),
+            filled(np.concatenate([group[0].request.prompt for group in started]).tolist(), device),
             filled([i for line in lines for i in range(line.length)], device),
             PromptLayout(Ragged(lines, device, self.base.window), fills),
-            runs(Segment(slot, line.length, len(places)) for slot, line, places in zip(slots, lines, wanted, strict=True)),
-            torch.tensor([line.start + i for line, places in zip(lines, wanted, strict=True) for i in places], device=device),
+            runs(segments),
+            torch.tensor(wanted, device=device),
         )
         return self.weights.infer(flat, lambda hidden, head: self._start_drawing(hidden, head, started, scored), published=True)
 
@@ -217,6 +252,8 @@ class Crew:
             row.stop_reason = "stop"
         elif len(row.tokens) >= row.budget:
             row.stop_reason = "length"
+        elif row.request.switches and row.switch():
+            self.switched = True
 
     def _ends_with_stop(self, row: Completion) -> bool:
         """Whether the newest token completed a stop text. A token is at least one byte, so a tail of that many tokens is enough."""
@@ -237,6 +274,8 @@ class Crew:
 
     def _leave(self, row: Completion) -> None:
         if row.bank is not None:
+            if row.spoilt:
+                row.bank.wipe(row.place)
             row.bank.release([row.place])
             row.bank = None
         if row.shared is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from veneer.engine.losses import resolve_loss
 from veneer.engine.memory import out_of_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
-from veneer.engine.request import Completion, SampleRequest, check_request
+from veneer.engine.request import Acting, Completion, SampleRequest, check_request
 from veneer.engine.sampler import Sampler
 from veneer.engine.scores import PromptScores, PromptWish
 from veneer.engine.trainer import Trainer, to_output
@@ -39,6 +39,7 @@ from veneer.types import (
     RunError,
     Sample,
     SamplingParams,
+    Switch,
     Tokens,
 )
 
@@ -110,9 +111,9 @@ class LocalEngine:
 
     def remove_adapter(self, name: str) -> None:
         self._forget(name)
-        gone, self._queue = [r for r in self._queue if r.adapter == name], [r for r in self._queue if r.adapter != name]
+        gone, self._queue = [r for r in self._queue if name in r.adapters], [r for r in self._queue if name not in r.adapters]
         for sample, request in list(self._sampling.items()):
-            if request.adapter == name:
+            if name in request.adapters:
                 gone.append(request)
                 self._stop_sampling(sample)
         _fail(gone, AdapterError(f"adapter {name!r} was removed before this request was answered"))
@@ -143,14 +144,20 @@ class LocalEngine:
         top_logprobs: int = 0,
         prompt_top_logprobs: int = 0,
         prompt_targets: Tokens | None = None,
+        switches: Sequence[Switch] = (),
         on_piece: Callable[[Piece], None] | None = None,
     ) -> EngineFuture[list[Sample]]:
+        if switches and not self._stack.mixes_slots:
+            raise RequestError("full copies of the weights take turns, so a completion cannot switch between them; use low-rank adapters")
+        switches = [replace(switch, after=tuple(switch.after)) for switch in switches]
         targets = None if prompt_targets is None else np.array(prompt_targets, np.int64)
         wish = PromptWish(prompt_logprobs, prompt_top_logprobs, targets)
-        request = SampleRequest(np.array(prompt, np.int64), None, params, n, wish, top_logprobs, on_piece)
+        request = SampleRequest(np.array(prompt, np.int64), params, n, wish, top_logprobs, on_piece, switches)
         check_request(request, self.base)
-        self._check_known(adapter)
-        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
+        later = tuple(switch.adapter for switch in switches)
+        for name in (adapter, *later):
+            self._check_known(name)
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), later, sample=request))
 
     def forward(
         self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
@@ -321,7 +328,7 @@ class LocalEngine:
 
     def step(self) -> int:
         """Run the barriers, optimizer steps and training passes that are due, and draw up to eight tokens for every running completion."""
-        now, self._queue = plan(self._queue, {request.adapter for request in self._sampling.values()})
+        now, self._queue = plan(self._queue, {name for request in self._sampling.values() for name in request.adapters})
         self._run_barriers([r for r in now if r.sample is None and r.train is None])
         passes = [r for r in now if (r.sample is not None or r.train is not None) and self._bind(r)]
         for request in passes:
@@ -357,15 +364,16 @@ class LocalEngine:
     def _bind(self, request: Request) -> bool:
         """Look the adapter up now: a load that was queued ahead may have replaced it. False: it cannot run, and the future says why."""
         try:
-            slot = None if request.adapter is None else self._slot(request.adapter).slot
+            slots = [None if name is None else self._slot(name) for name in request.adapters]
             if request.adapter is not None and request.train is not None and request.train.backward:
                 self._check_provenance(request.adapter, request.train.data)
         except (AdapterError, AttestationError) as error:
             request.future.set_error(error)
             return False
-        for work in (request.sample, request.train):
-            if work is not None:
-                work.slot = slot
+        if request.train is not None:
+            request.train.slot = None if slots[0] is None else slots[0].slot
+        if request.sample is not None:
+            request.sample.acting = [Acting(None, None) if slot is None else Acting(slot.slot, slot.published) for slot in slots]
         return True
 
     def _run_sampler(self) -> int:
@@ -378,17 +386,18 @@ class LocalEngine:
             request = self._sampling.pop(sample, None)
             if request is None:  # given up while it was told
                 continue
-            published = None if request.adapter is None else self._slot(request.adapter).published
-            request.future.set_result([self._to_sample(row, published) for row in sample.rows])
+            request.future.set_result([self._to_sample(row) for row in sample.rows])
         failed, self._sampler.failed = self._sampler.failed, []
         for sample, error in failed:
-            _fail([self._sampling.pop(sample)], error)
+            request = self._sampling.pop(sample, None)
+            if request is not None:
+                _fail([request], error)
         return len(done) + len(failed)
 
     def _tell(self) -> None:
         """Hand over what was drawn since the last time to those who listen."""
         for sample, request in list(self._sampling.items()):
-            if sample.on_piece is None:
+            if sample.on_piece is None or sample.cancelled:
                 continue
             try:
                 for piece in sample.pieces():
@@ -400,7 +409,7 @@ class LocalEngine:
                     self._stop_sampling(sample)
                     request.future.set_error(error)
 
-    def _to_sample(self, row: Completion, published: Adapter | None) -> Sample:
+    def _to_sample(self, row: Completion) -> Sample:
         assert row.stop_reason is not None
         scores = row.request.scores or PromptScores()
         return Sample(
@@ -408,11 +417,12 @@ class LocalEngine:
             np.array(row.logprobs, np.float32),
             row.stop_reason,
             self.base_id,
-            published,
+            row.request.acting[0].adapter,
             scores.logprobs,
             row.top_logprobs(),
             scores.top,
             scores.targets,
+            row.switches,
         )
 
     def _run_passes(self, requests: list[Request]) -> None:

@@ -93,6 +93,8 @@ class Request:
 
     adapter: str | None
     future: EngineFuture[Any]
+    later: tuple[str | None, ...] = ()
+    """Adapters to which a sampling pass will switch."""
     sample: SampleRequest | None = None
     train: PassRequest | None = None
     optim: AdamParams | None = None
@@ -100,26 +102,33 @@ class Request:
     changes_samples: bool = False
     """A barrier that replaces what completions are drawn from."""
 
+    @property
+    def adapters(self) -> tuple[str | None, ...]:
+        """All that it needs."""
+        return (self.adapter, *self.later)
+
 
 def plan(queue: list[Request], sampling: set[str | None]) -> tuple[list[Request], list[Request]]:
     """Split a queue into what can run in one step and what must wait.
 
     Passes of all adapters run together. A barrier (optimizer step, publish, save, load) runs when no training pass of its
     adapter is ahead of it, and one that changes what is sampled when no completion of its adapter is ahead of it or running
-    (``sampling``). Whatever the adapter queued behind a waiting barrier waits with it.
+    (``sampling``). Whatever the adapter queued behind a waiting barrier waits with it. A completion is of every adapter to which
+    it switches: it waits for the barriers of all of them, and what would change one of them waits for it.
     """
     now: list[Request] = []
     later: list[Request] = []
     sampled, trained, waiting = set(sampling), set[str | None](), set[str | None]()
     for request in queue:
         name, is_pass = request.adapter, request.sample is not None or request.train is not None
-        if name in waiting or (not is_pass and (name in trained or (request.changes_samples and name in sampled))):
-            waiting.add(name)
+        if request.sample is not None:
+            sampled.update(request.adapters)  # also while it waits: what it names must not change before its turn
+        if not waiting.isdisjoint(request.adapters) or (not is_pass and (name in trained or (request.changes_samples and name in sampled))):
+            if request.sample is None:
+                waiting.add(name)
             later.append(request)
             continue
-        if request.sample is not None:
-            sampled.add(name)
-        elif request.train is not None:
+        if request.train is not None:
             trained.add(name)
         now.append(request)
     return now, later

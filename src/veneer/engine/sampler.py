@@ -34,8 +34,8 @@ class Sampler:
         self.most_rows = self.limit = ROWS[base.device.type]
         self.failed: list[tuple[SampleRequest, Exception]] = []
         """Requests that cannot be answered, for the engine to take away."""
-        self._starting: dict[tuple[int | None, bytes], list[Completion]] = {}
-        """Rows that the step at hand lets in, by adapter and prompt."""
+        self._starting: dict[tuple[object, ...], list[Completion]] = {}
+        """Rows that the step at hand lets in, by the key of their prompt."""
         self._muster()
 
     def _muster(self) -> None:
@@ -84,6 +84,7 @@ class Sampler:
             outcomes = self._run([crew for crew in self.crews if crew.rows])
         except Exception as error:
             outcomes = list[Outcome]([error])
+        self._take_failures()
         done = [request for outcome in outcomes if not isinstance(outcome, Exception) for request in outcome]
         for request in done:
             request.answered = True
@@ -101,21 +102,21 @@ class Sampler:
         """Make rows of what waits while there is room. A request whose rows do not all fit waits, unless it never would."""
         starting = self._starting
         room, prompt_tokens = self.limit - self.rows, PROMPT_TOKENS[self.base.device.type]
-        running = {row.request.slot for crew in self.crews for row in crew.rows}
+        running = {row.acting.slot for crew in self.crews for row in crew.rows}
         while self.waiting:
             request = self.waiting[0]
             if request.cancelled:
                 self.waiting.popleft()
                 continue
-            key = (request.slot, request.prompt.tobytes())
-            cost = 0 if key in starting else len(request.prompt)
+            slot = request.acting[0].slot
+            cost = 0 if request.key in starting else len(request.prompt)
             count = min(request.waiting, self.limit)
-            others_fit = count <= room and cost <= prompt_tokens and (self.weights.mixes_slots or running == {request.slot})
+            others_fit = count <= room and cost <= prompt_tokens and (self.weights.mixes_slots or running == {slot})
             if running and not others_fit:
                 break
             group = self._completions(request, request.n - request.waiting, count)
-            starting.setdefault(key, []).extend(group)
-            running.add(request.slot)
+            starting.setdefault(request.key, []).extend(group)
+            running.add(slot)
             room, prompt_tokens = room - count, prompt_tokens - cost
             request.waiting -= count
             request.rows += group
@@ -146,6 +147,15 @@ class Sampler:
             min(crews, key=lambda crew: len(crew.rows)).start(piece)
 
     # ------------------------------------------------ trouble
+
+    def _take_failures(self) -> None:
+        """Requests that their crews gave up: their rows leave all crews."""
+        for request in [request for crew in self.crews for request in crew.failed]:
+            assert request.failure is not None
+            self.failed.append((request, request.failure))
+            self.cancel(request)
+        for crew in self.crews:
+            crew.failed.clear()
 
     def _retreat(self, error: Exception) -> None:
         """A pass failed: start its rows anew, half as many at a time; draws do not depend on the company, so nothing is lost but
