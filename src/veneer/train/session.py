@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.render import Renderer
+from veneer.store.entry import Parent, check_compatible
+from veneer.store.registry import is_path
 from veneer.store.run import Run
 from veneer.train.config import RunConfig
-from veneer.types import Adapter, AdapterError, AttestationError, Checkpoint, Engine, RunError
+from veneer.types import Adapter, AttestationError, Checkpoint, Engine, RunError
 
 Metrics = dict[str, Any]
 
@@ -48,16 +51,22 @@ class Session:
 
     def facts(self, **more: Any) -> Mapping[str, Any]:
         """What an adapter's manifest says beside its weights."""
-        parent = None if self.init is None else f"{self.init.adapter.name} {self.init.adapter.digest}"
         return {
             "tokenizer_digest": self.renderer.tokenizer_digest,
             "template_digest": self.renderer.template_digest,
+            "stage": self.config.kind,
             "env": self.config.env.name if self.config.kind == "rl" else None,
             "seed": self.config.seed,
-            "parent": parent,
+            "parents": [dataclasses.asdict(parent) for parent in self._parents()],
             "run": self.config.name,
             **more,
         }
+
+    def _parents(self) -> list[Parent]:
+        if self.init is None:
+            return []
+        reference = self.init.adapter.name if is_path(self.config.init) else self.config.init
+        return [Parent(reference, self.init.adapter.digest)]
 
     async def resume(self) -> int:
         """Bring the adapter to where the run stands and return the next step: 0 for a new run, 1 behind the first evaluation."""
@@ -65,7 +74,8 @@ class Session:
         self.trainable = self.engine.create_adapter(self.adapter, self.config.lora_config())
         if saved is not None:
             step, checkpoint, manifest = saved
-            check_made_for(manifest, self.renderer, f"the run in {self.run.folder}")
+            mine = (self.engine.base_digest, self.renderer.tokenizer_digest, self.renderer.template_digest)
+            check_compatible(manifest, *mine, what=f"the run in {self.run.folder}")
             await self.engine.load_state(self.adapter, checkpoint)
             self.run.rewind(step)  # only now: a refused resume has lost nothing
             return step + 1
@@ -116,18 +126,6 @@ class Session:
             self.run.save_checkpoint(step, await self.engine.save_state(self.adapter), self.facts())
         if self.stop.is_set() and not last:
             raise Interrupted(f"interrupted after step {step}; the state is saved, the same command goes on from here")
-
-
-def check_made_for(manifest: Mapping[str, Any], renderer: Renderer, what: str) -> None:
-    """Tokenizer and chat template must be those of the manifest, where it names them.
-
-    Raises:
-        AdapterError: they are not.
-    """
-    for key, mine in (("tokenizer_digest", renderer.tokenizer_digest), ("template_digest", renderer.template_digest)):
-        if manifest.get(key) not in (None, mine):
-            part = key.removesuffix("_digest").replace("template", "chat template")
-            raise AdapterError(f"{what} was made with another {part} ({manifest[key][:12]}; this base has {mine[:12]})")
 
 
 @contextmanager
