@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -19,14 +20,17 @@ from veneer.server.bases import Bases, Served
 from veneer.server.shelf import Shelf
 from veneer.server.worker import Worker
 from veneer.store.files import veneer_home
+from veneer.store.registry import Registry
 from veneer.types import ConfigError, RunError, SamplingParams
 
 GRACE = 5
 """Seconds that open connections get when the server ends."""
 
 
-def serve(bases: Sequence[str], aliases: Sequence[str], host: str, port: int, threads: int | None, device: str) -> None:
-    """Run until SIGINT or SIGTERM."""
+def serve(
+    bases: Sequence[str], aliases: Sequence[str], host: str, port: int, threads: int | None, device: str, lora_dir: Path | None = None
+) -> None:
+    """Run until SIGINT or SIGTERM. ``lora_dir``: from inside of it clients may load adapters."""
     names = _names(bases, aliases)
     listening = _listen(host, port)
     set_threads(threads or os.cpu_count() or 1)
@@ -38,7 +42,7 @@ def serve(bases: Sequence[str], aliases: Sequence[str], host: str, port: int, th
     for base, engine in engines.items():
         assert engine.base.tokenizer is not None
         served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
-    app = make_app(Bases(served), worker, veneer_home() / "server")
+    app = make_app(Bases(served), worker, veneer_home() / "server", Registry(), lora_dir)
     gc.freeze()
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, timeout_keep_alive=75)
     where = f"http://{host}:{listening.getsockname()[1]}"

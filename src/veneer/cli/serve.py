@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -14,8 +16,15 @@ import click
 @click.option("--port", type=click.IntRange(0, 65535), default=8321, show_default=True, help="0 takes a free one.")
 @click.option("--threads", type=click.IntRange(1), help="Of the engines. All cores unless said otherwise.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
-def command(bases: tuple[str, ...], aliases: tuple[str, ...], host: str, port: int, threads: int | None, device: str) -> None:
+@click.option(
+    "--lora-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Clients may load adapters from inside of this folder (/v1/load_lora_adapter).",
+)
+def command(
+    bases: tuple[str, ...], aliases: tuple[str, ...], host: str, port: int, threads: int | None, device: str, lora_dir: Path | None
+) -> None:
     """Hold bases in memory; train and serve adapters on them. State is in $VENEER_HOME/server and outlives the process."""
     from veneer.cli.hosting import serve
 
-    serve(bases, aliases, host, port, threads, device)
+    serve(bases, aliases, host, port, threads, device, lora_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from starlette.requests import HTTPConnection
 
@@ -14,6 +15,10 @@ class Caller:
     name: str
     adapters: tuple[str, ...] = ("*",)
     """Patterns of the registry's adapters that the caller may see."""
+
+    def sees(self, adapter: str) -> bool:
+        """Whether an adapter of that name in the registry is there for the caller."""
+        return any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
 
 LOCAL = Caller("local")

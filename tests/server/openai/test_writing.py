@@ -25,7 +25,7 @@ def drawn(tokens: list[int], stops: list[str], closed: bool) -> tuple[list[int],
     for end in range(1, len(tokens) + 1):
         if any(stop in NANO.decode(np.array(tokens[:end])) for stop in stops):
             return tokens[:end], "stop"
-    return (tokens + [END], "stop") if closed else (tokens, "length")
+    return ([*tokens, END], "stop") if closed else (tokens, "length")
 
 
 def expected(tokens: list[int], stops: list[str], reason: str) -> str:
