@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-VERBS = ("quickstart", "train", "eval", "sample", "serve", "runs", "adapters")
+VERBS = ("quickstart", "train", "eval", "sample", "serve", "keys", "runs", "adapters")
 
 
 class LazyGroup(click.Group):

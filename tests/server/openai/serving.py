@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Generator
@@ -18,9 +19,9 @@ import uvicorn
 from veneer.digest import digest_adapter
 from veneer.engine import LocalEngine, LoraEngine, load_base
 from veneer.render import Renderer
-from veneer.server.access import Caller
 from veneer.server.app import make_app
 from veneer.server.bases import Bases, Served
+from veneer.server.connections import settings
 from veneer.server.shelf import Shelf
 from veneer.server.worker import Worker
 from veneer.store.registry import Registry
@@ -39,8 +40,6 @@ class Serving:
     registry: Registry
     served: Served
     lora_dir: Path
-    callers: dict[str, Caller]
-    """By key; who has none of these is everybody."""
 
     def client(self, **settings: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="tml-any", max_retries=0, timeout=60, **settings)
@@ -91,22 +90,17 @@ def serving(folder: Path) -> Generator[Serving]:
     served = Served(("nano", "other/name"), engine, Renderer(base.tokenizer), Shelf(worker, engine))
     registry, lora_dir = Registry(folder / "home"), folder / "lora"
     lora_dir.mkdir()
-    app = make_app(Bases([served]), worker, folder / "home" / "server", registry, lora_dir)
-    callers: dict[str, Caller] = {}
-
-    async def with_caller(scope: Any, receive: Any, send: Any) -> None:
-        key = dict(scope.get("headers", ())).get(b"authorization", b"").decode().removeprefix("Bearer ")
-        await app(scope | ({"veneer.caller": callers[key]} if key in callers else {}), receive, send)
-
-    server = uvicorn.Server(uvicorn.Config(with_caller, port=0, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, daemon=True)
+    app = make_app(Bases([served]), worker, folder / "home" / "server", registry=registry, lora_dir=lora_dir)
+    server = uvicorn.Server(settings(app))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = listening.getsockname()[1]
     try:
-        yield Serving(f"http://127.0.0.1:{port}", folder / "home", registry, served, lora_dir, callers)
+        yield Serving(f"http://127.0.0.1:{port}", folder / "home", registry, served, lora_dir)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from serving import SORT, SUM, Serving, alone, random_checkpoint
+from serving import SORT, SUM, Serving, alone, random_checkpoint, serving
 
-from veneer.server.access import Caller
+from veneer.server.keys import Keys
 from veneer.store.stack import stack_adapters
 from veneer.types import SamplingParams
 
@@ -207,24 +208,29 @@ def test_models(server: Serving, client: openai.OpenAI) -> None:
         client.models.retrieve("nothing")
 
 
-def test_what_a_caller_does_not_see_is_not_there(server: Serving) -> None:
+def test_what_a_caller_does_not_see_is_not_there(tmp_path: Path) -> None:
     """By model, in lists, in the nearest name, to be managed: the same 404 as for what there is not."""
-    server.put("alice-one", seed=1)
-    server.put("secret", seed=2)
-    server.callers["tml-alice"] = Caller("alice", ("alice-*",))
-    http = httpx2.Client(base_url=server.url, headers={"authorization": "Bearer tml-alice"})
-    names = [model["id"] for model in http.get("/v1/models").json()["data"]]
-    assert names == ["nano", "other/name", "alice-one"]
-    assert [card["name"] for card in http.get("/v1/adapters").json()["data"]] == ["alice-one"]
-    for name in ("secret", "secret@1", "secre", "never-was"):
-        for body in ({"model": name}, {"model": "nano", "lora": [{"name": name}]}):
-            told = http.post("/v1/chat/completions", json={**body, "messages": SUM})
-            assert told.status_code == 404
-            assert "secret'" not in told.json()["error"]["message"].replace(repr(name), "")
-        assert http.get(f"/v1/models/{name}").status_code == 404
-    for method, path in (("GET", ""), ("POST", "/promote"), ("POST", "/rollback"), ("DELETE", "")):
-        body = {"version": 1} if path == "/promote" else {} if method == "POST" else None
-        assert http.request(method, f"/v1/adapters/secret{path}", json=body).status_code == 404
-    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "secret"}).status_code == 404
-    assert http.post("/v1/load_lora_adapter", json={"lora_name": "secret", "lora_path": "x"}).status_code == 403
-    assert server.registry.versions("secret") == [1]
+    with serving(tmp_path) as server:
+        keys = Keys(server.home / "server")
+        key, _ = keys.create("alice", ("alice-*",))
+        server.put("alice-one", seed=1)
+        server.put("secret", seed=2)
+        http = httpx2.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"})
+        names = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert names == ["nano", "other/name", "alice-one"]
+        assert [card["name"] for card in http.get("/v1/adapters").json()["data"]] == ["alice-one"]
+        for name in ("secret", "secret@1", "secre", "never-was"):
+            for body in ({"model": name}, {"model": "nano", "lora": [{"name": name}]}):
+                told = http.post("/v1/chat/completions", json={**body, "messages": SUM})
+                assert told.status_code == 404
+                assert "secret'" not in told.json()["error"]["message"].replace(repr(name), "")
+            assert http.get(f"/v1/models/{name}").status_code == 404
+        for method, path in (("GET", ""), ("POST", "/promote"), ("POST", "/rollback"), ("DELETE", "")):
+            body = {"version": 1} if path == "/promote" else {} if method == "POST" else None
+            assert http.request(method, f"/v1/adapters/secret{path}", json=body).status_code == 404
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "secret"}).status_code == 404
+        assert http.post("/v1/load_lora_adapter", json={"lora_name": "secret", "lora_path": "x"}).status_code == 403
+        assert server.registry.versions("secret") == [1]
+        with pytest.raises(openai.AuthenticationError) as caught:
+            server.client().models.list()
+        assert caught.value.type == "authentication_error"

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from veneer.server.access import Caller, caller_of
 from veneer.server.bases import Bases
-from veneer.server.errors import status_of
+from veneer.server.errors import UNKNOWN, status_of, told
 from veneer.server.openai.answers import Answer, Attestation, ChoiceAttestation, PromptTokensDetails, Switched, Usage
 from veneer.server.openai.behaviours import Behaviour, Course, Phase
 from veneer.server.openai.catalogue import Catalogue
@@ -226,12 +226,12 @@ async def _events(chunks: AsyncIterator[Answer]) -> AsyncGenerator[bytes]:
         async for chunk in chunks:
             yield b"data: " + chunk.to_json() + b"\n\n"
     except VeneerError as error:
-        yield _event_of(status_of(error), " ".join(str(error).split()), error)
-    except Exception as error:
+        yield _event_of(status_of(error), told(error), error)
+    except Exception:
         LOG.exception("a stream failed")
-        yield _event_of(500, "the server failed on this request; its log says more", error)
+        yield _event_of(500, UNKNOWN)
     yield b"data: [DONE]\n\n"
 
 
-def _event_of(status: int, text: str, error: Exception) -> bytes:
+def _event_of(status: int, text: str, error: VeneerError | None = None) -> bytes:
     return b"data: " + json.dumps(error_body(status, text, error)).encode() + b"\n\n"

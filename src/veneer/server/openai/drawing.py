@@ -8,10 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from veneer.server.bases import Served
-from veneer.server.openai.errors import ClientLeft
 from veneer.types import Future, Piece, Sample, SamplingParams, Switch, Tokens
 
 T = TypeVar("T")
@@ -85,13 +84,13 @@ async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T
     """``work``, given up when the client goes away.
 
     Raises:
-        ClientLeft: it did.
+        ClientDisconnect: it did.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientLeft("the client left before it was answered")
+            raise ClientDisconnect
         return task.result()
     finally:
         for one in (task, gone):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from starlette.requests import HTTPConnection
 
 from veneer.server.errors import NotFound
-from veneer.types import RequestError
+from veneer.types import RequestError, VeneerError
 
 PREFIX = "/v1/"
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -30,14 +29,6 @@ class UnknownModel(NotFound):
         self.param, self.code = param, "model_not_found"
 
 
-class ClientLeft(RequestError):
-    """Nobody waits for the answer any more."""
-
-
-def is_openai(connection: HTTPConnection) -> bool:
-    return connection.scope["path"].startswith(PREFIX)
-
-
 def field_error(invalid: RequestValidationError) -> FieldError:
     """The first field that does not validate, in one line."""
     first = invalid.errors()[0]
@@ -48,7 +39,7 @@ def field_error(invalid: RequestValidationError) -> FieldError:
     return FieldError(f"{param or 'the body'}: {what}", param or where[0])
 
 
-def error_body(status: int, text: str, error: BaseException | None = None) -> dict[str, Any]:
+def error_body(status: int, text: str, error: VeneerError | None) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     fields = {"param": getattr(error, "param", None), "code": getattr(error, "code", None)} if isinstance(error, RequestError) else {}
     return {"error": {"message": text, "type": kind, "param": None, "code": None, **fields}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
 import re
 import secrets
 import shutil
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyrage
+from pyrage import encrypt, x25519  # pyright: ignore[reportAttributeAccessIssue]  written in Rust, without types
 
 from veneer.server.errors import NotFound
 from veneer.server.journal import Journal
@@ -76,7 +78,7 @@ class Checkpoints:
         parsed: list[Any] = []
         for key in keys or ():
             try:
-                parsed.append(pyrage.x25519.Recipient.from_str(key))
+                parsed.append(x25519.Recipient.from_str(key))
             except Exception as error:  # pyrage raises its own kinds
                 raise RequestError(f"age_encryption_recipients: {key[:16]!r}... is no age X25519 public key") from error
         return parsed
@@ -111,6 +113,17 @@ class Checkpoints:
         self._rows[path] = row
         if old is not None:
             await asyncio.to_thread(self.remove_folder, Path(old.folder))
+        return path
+
+    async def copy(self, source: CheckpointRow, run: RunRow, ttl_seconds: int | None) -> str:
+        """A checkpoint of another run with the same files, which take no room of their own."""
+        path, folder = f"tinker://{run.id}/{source.kind}/{source.name}", self.folder / secrets.token_hex(16)
+        await asyncio.to_thread(shutil.copytree, source.folder, folder, copy_function=os.link)
+        expires = None if ttl_seconds is None else time.time() + ttl_seconds
+        changes = {"path": path, "run_id": run.id, "owner": run.owner, "folder": str(folder), "created": time.time(), "expires": expires}
+        row = dataclasses.replace(source, **changes, public=False)
+        await self.journal.write(put(row), put(run))
+        self._rows[path] = row
         return path
 
     # ------------------------------------------------ changing
@@ -161,7 +174,7 @@ def _make_external(folder: Path, recipients: Sequence[Any]) -> None:
         if file.name not in PUBLIC_FILES:
             file.unlink()
         elif recipients:
-            file.with_name(file.name + ".age").write_bytes(pyrage.encrypt(file.read_bytes(), list(recipients)))
+            file.with_name(file.name + ".age").write_bytes(encrypt(file.read_bytes(), list(recipients)))
             file.unlink()
 
 

@@ -11,9 +11,11 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.server.errors import UNKNOWN, told
 from veneer.server.journal import Journal, Statement
 from veneer.types import RequestError, VeneerError
 
@@ -56,15 +58,31 @@ class Promises:
         self._by_seq: dict[tuple[str, int], Promise] = {}
         self._writing: dict[tuple[str, int], asyncio.Future[Promise]] = {}
         self._next = 1 + (journal.read("SELECT max(number) FROM promises")[0][0] or 0)
-        self.open = 0
+        self._open: Counter[str] = Counter()
+        """By owner."""
 
-    def pending(self) -> list[Promise]:
-        """What was open when the last process ended, and the operations that its runs' states do not hold yet; in order."""
+    def open(self, owner: str | None = None) -> int:
+        """How many have no answer yet, of one owner or of all."""
+        return self._open.total() if owner is None else self._open[owner]
+
+    def open_targets(self) -> list[str]:
+        """Whose promises were open when the last process ended."""
+        return [row["target"] for row in self.journal.read("SELECT DISTINCT target FROM promises WHERE done IS NULL")]
+
+    def to_do(self, target: str, after: int = -1) -> list[Promise]:
+        """Operations whose bodies are still there, behind number ``after``: open ones, and those that a run repeats; in order."""
+        rows = self.journal.read("SELECT * FROM promises WHERE target = ? AND seq > ? AND body IS NOT NULL ORDER BY seq", (target, after))
+        return [self._by_id.get(row["id"]) or self._keep(self._of(row)) for row in rows]
+
+    def completed(self, target: str, first: int, last: int, cursor: int) -> list[tuple[int, str, bool, int]]:
+        """(cursor, request id, whether it failed, bytes) of the answers to a target's operations ``first`` to ``last`` that came after
+        ``cursor``, in microseconds."""
         rows = self.journal.read(
-            "SELECT p.* FROM promises p LEFT JOIN runs r ON r.id = p.target WHERE p.body IS NOT NULL AND "
-            "(p.done IS NULL OR (r.id IS NOT NULL AND p.seq > coalesce(r.state_seq, -1))) ORDER BY p.target, p.seq"
+            "SELECT id, cast(done * 1e6 AS INTEGER) AS at, media_type, length(answer) AS size FROM promises "
+            "WHERE target = ? AND seq BETWEEN ? AND ? AND cast(done * 1e6 AS INTEGER) > ? ORDER BY done",
+            (target, first, last, cursor),
         )
-        return [self._keep(self._of(row)) for row in rows]
+        return [(row["at"], row["id"], row["media_type"] == JSON, row["size"]) for row in rows]
 
     def _of(self, row: Any) -> Promise:
         promise = Promise(
@@ -77,7 +95,7 @@ class Promises:
 
     def _keep(self, promise: Promise) -> Promise:
         self._by_id[promise.id] = self._by_seq[promise.target, promise.seq] = promise
-        self.open += not promise.done
+        self._open[promise.owner] += not promise.done
         return promise
 
     async def accept(
@@ -129,7 +147,7 @@ class Promises:
             return
         promise.answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         promise.media_type, promise.done_at = media_type, time.time()
-        self.open -= 1
+        self._open[promise.owner] -= 1
         self.journal.note(
             (
                 "UPDATE promises SET done = ?, media_type = ?, answer = ? WHERE number = ?",
@@ -141,10 +159,10 @@ class Promises:
     def fail(self, promise: Promise, error: BaseException) -> None:
         """Answer with an error: of category user if the request was wrong. What is no error of ours is logged, not shown."""
         if isinstance(error, VeneerError):
-            text, category = str(error), "user" if isinstance(error, RequestError) else "server"
+            text, category = told(error), "user" if isinstance(error, RequestError) else "server"
         else:
             LOG.error("%s %s failed", promise.kind, promise.id, exc_info=error)
-            text, category = "the server failed on this request; its log says more", "server"
+            text, category = UNKNOWN, "server"
         self.resolve(promise, {"error": text, "category": category})
 
     def forget_body(self, *promises: Promise) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -53,10 +54,6 @@ def _promised(promise: Promise) -> JSONResponse:
 
 
 def _add_session_routes(router: APIRouter, tinker: Tinker) -> None:
-    @router.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
     @router.get("/get_server_capabilities")
     async def capabilities() -> dict[str, Any]:
         models = [
@@ -75,6 +72,10 @@ def _add_session_routes(router: APIRouter, tinker: Tinker) -> None:
     async def dynamic_config(request: Request) -> dict[str, Any]:
         await _read(requests.ClientConfig, request)
         return {"sample_cancel_enabled": True}
+
+    @router.post("/auth/token")
+    async def token() -> dict[str, Any]:
+        raise RequestError("this server takes API keys as they are, and gives out no tokens")
 
     @router.post("/create_session", **_body(requests.CreateSession))
     async def create_session(request: Request) -> dict[str, Any]:
@@ -150,6 +151,15 @@ def _add_training_routes(router: APIRouter, tinker: Tinker) -> None:
     add("save_weights_for_sampler", requests.SaveWeightsForSampler)
     add("save_weights_external", requests.SaveWeightsExternal)
 
+    @router.post("/create_custom_loss", **_body(requests.CreateCustomLoss))
+    async def create_custom_loss(request: Request) -> Response:
+        return _promised(await tinker.create_custom_loss(caller_of(request).name, await request.body()))
+
+    @router.post("/copy_weights", **_body(requests.CopyWeights))
+    async def copy_weights(request: Request) -> dict[str, Any]:
+        key = request.headers.get("x-idempotency-key") or secrets.token_hex(16)
+        return {"tinker_path": await tinker.copy_weights(caller_of(request).name, await request.body(), key)}
+
     @router.post("/get_info", **_body(requests.ModelId))
     async def get_info(request: Request) -> dict[str, Any]:
         row = tinker.row(caller_of(request).name, (await _read(requests.ModelId, request)).model_id)
@@ -190,6 +200,18 @@ def _add_sampling_routes(router: APIRouter, tinker: Tinker) -> None:
         if not promise.done:
             return JSONResponse({"queue_state": "active", "request_id": promise.id}, 408)
         return Response(promise.answer, media_type=promise.media_type)
+
+    @router.post("/retrieve_futures", **_body(requests.RetrieveFutures))
+    async def retrieve_futures(request: Request) -> dict[str, Any]:
+        body = await _read(requests.RetrieveFutures, request)
+        sampler = tinker.sampler(caller_of(request).name, body.target.sampling_session_id)
+        return await tinker.sampling.completions(sampler, body, HOLD)
+
+    @router.post("/join_sampling_session", **_body(requests.JoinSamplingSession))
+    async def join_sampling_session(request: Request) -> dict[str, Any]:
+        body = await _read(requests.JoinSamplingSession, request)
+        tinker.sampler(caller_of(request).name, body.sampling_session_id)
+        return {"type": "join_sampling_session", "client_counter": 1 + secrets.randbelow(10**9 - 1)}
 
     @router.post("/cancel_future", **_body(requests.CancelFuture))
     async def cancel_future(request: Request) -> dict[str, Any]:

@@ -53,11 +53,18 @@ class Run:
         self._passes: dict[asyncio.Task[None], Promise] = {}
         self._spoilt: str | None = None
         """Why the gradient is not what the client asked for."""
+        self._doing = False
         self._covered: list[Promise] = []
         """Operations since the last state on disk."""
         self._saving: asyncio.Task[None] | None = None
         self._save_after = 0.0
         self._work = asyncio.create_task(self._run())
+
+    @property
+    def idle_for(self) -> float:
+        """Seconds; 0 while something runs or waits for its turn."""
+        busy = self._early or self._passes or self._doing or (self._saving is not None and not self._saving.done())
+        return 0.0 if busy else time.time() - self.last_request
 
     def offer(self, promise: Promise) -> None:
         """Take an operation in; it runs when its turn comes."""
@@ -65,12 +72,15 @@ class Run:
         self._early[promise.seq] = promise
         self._arrived.set()
 
-    async def close(self) -> None:
-        """Stop after the operation at hand, and save the state."""
+    def stop(self) -> None:
+        """What was not finished is done again when the run comes back."""
         self._work.cancel()
-        await asyncio.gather(self._work, *self._passes, return_exceptions=True)
-        if self._saving is not None:
-            await asyncio.gather(self._saving, return_exceptions=True)
+        for task in self._passes:
+            task.cancel()
+
+    async def stopped(self) -> None:
+        tasks = [self._work, *self._passes, *([] if self._saving is None else [self._saving])]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------ the sequence
 
@@ -86,6 +96,7 @@ class Run:
             if self.failed is not None and promise.seq > 0:
                 self.promises.fail(promise, self.failed)
                 continue
+            self._doing = True
             try:
                 await self._do(promise)
             except asyncio.CancelledError:
@@ -94,8 +105,10 @@ class Run:
                 self.promises.fail(promise, error)
                 if promise.seq == 0:
                     self.failed = AdapterError(f"model {self.row.id} could not be made: {error}")
+            finally:
+                self._doing = False
             if promise.kind != "forward_backward":
-                self._settle(promise)
+                self._covered.append(promise)
 
     async def _begin(self, read: Callable[[], Checkpoint]) -> None:
         try:
@@ -137,9 +150,6 @@ class Run:
             "save_weights_external": self._save_external,
         }
 
-    def _settle(self, promise: Promise) -> None:
-        self._covered.append(promise)
-
     # ------------------------------------------------ operations
 
     async def _create(self, promise: Promise) -> None:
@@ -178,7 +188,7 @@ class Run:
             self.promises.fail(promise, error)
         else:
             self.promises.resolve(promise, wire.output_bytes(output), wire.PROTOBUF)
-        self._settle(promise)
+        self._covered.append(promise)
 
     async def _step(self, promise: Promise) -> None:
         params = requests.parse(requests.OptimStep, promise.body).params()

@@ -7,6 +7,7 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,12 @@ from veneer.server.tinker.promises import Promise, Promises
 from veneer.server.tinker.state import RunRow, SamplerRow, put, row_of
 from veneer.store.adapters import read_adapter, write_adapter
 from veneer.types import Checkpoint, DataError, RequestError, SamplingParams
+
+CLONE = 1_000_000_000
+"""Sequence numbers of a cloned client begin at a multiple of this."""
+POLL = 0.05
+MOST_TARGETS = 2**22
+"""Of one prompt: looking them up keeps everybody else waiting."""
 
 
 class Sampling:
@@ -52,7 +59,7 @@ class Sampling:
         return sampler_id
 
     async def from_run(self, run: RunRow, checkpoint: Checkpoint, promise: Promise, body: requests.SaveWeightsForSampler) -> str:
-        """A session on a run's weights as they are now. Sessions in flight follow every such save of their run."""
+        """A session on a run's weights as they are now. Those in flight share the weights of their run's newest save of that kind."""
         digest, session = checkpoint.adapter.digest, run.session_id
         folder = self.folder / digest
         if not folder.is_dir():
@@ -60,12 +67,29 @@ class Sampling:
         seq = body.sampling_session_seq_id
         sampler_id = f"{session}:sample:{f'op-{promise.target}-{promise.seq}' if seq is None else seq}"
         sampler = SamplerRow(sampler_id, session, run.owner, run.base, body.kind, None, run.id, digest, str(folder), time.time())
-        followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == "inflight"]
+        followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == body.kind == "inflight"]
         for follower in followers:
             follower.digest, follower.folder = digest, str(folder)
         await self.journal.write(*(put(row) for row in [*followers, sampler]))
         self.samplers[sampler_id] = sampler
         return sampler_id
+
+    async def completions(self, sampler: SamplerRow, body: requests.RetrieveFutures, hold: float) -> dict[str, Any]:
+        """What was answered since the cursor; waits for something to be."""
+        clone = body.target.cloned_sampler_id
+        first, until = clone * CLONE, time.monotonic() + (hold if body.timeout is None else min(hold, body.timeout))
+        while True:
+            found = self.promises.completed(sampler.id, first, first + CLONE - 1, body.prev_cursor)
+            if found or time.monotonic() >= until:
+                break
+            await asyncio.sleep(POLL)
+        finished = [
+            {"state": "failed", "request_id": request}
+            if failed
+            else {"state": "finished", "request_id": request, "response_payload_uncompressed_size": size}
+            for _, request, failed, size in found
+        ]
+        return {"completions": finished, "cursor": found[-1][0] if found else body.prev_cursor}
 
     # ------------------------------------------------ samples
 
@@ -137,6 +161,8 @@ def _targets(fields: requests.TensorFields, prompt: int) -> wire.PromptTargets:
     data = np.array(fields.data, np.int64)
     if len(shape) != 2 or shape[0] != prompt - 1 or shape[1] < 1 or min(shape) < 0:
         raise DataError(f"target_prompt_logprobs must have shape [{prompt - 1}, K], a row for each prompt token but the first")
+    if shape[0] * shape[1] > MOST_TARGETS:
+        raise DataError(f"target_prompt_logprobs: {shape[0]} x {shape[1]} targets are too many, at most {MOST_TARGETS} can be looked up")
     if fields.sparse_crow_indices is None:
         if data.size != shape[0] * shape[1]:
             raise DataError(f"target_prompt_logprobs: {data.size} numbers do not fill shape {shape}")

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from veneer.server.bases import Bases
+from veneer.server.bases import Bases, Served
 from veneer.server.errors import Busy, Gone, NotFound
 from veneer.server.journal import Journal
 from veneer.server.tinker import requests, wire
@@ -29,8 +29,10 @@ ALPHA = 32.0
 TIDY_EVERY = 60.0
 ABANDONED = 7 * 24 * 3600.0
 """Seconds without a sign of life after which a session's runs and snapshots are removed; named checkpoints stay."""
+PARKED = 1800.0
+"""Seconds without an operation after which a run leaves the engine."""
 MOST_OPEN = 20_000
-"""Promises that may be open at once; more are told to come back later."""
+"""Promises that one owner may have open at once; more are told to come back later. What waits for a number that never comes is open."""
 
 
 class Tinker:
@@ -52,20 +54,27 @@ class Tinker:
 
     def resume(self) -> None:
         """Go on with what was acknowledged before the last process ended."""
-        for promise in self.promises.pending():
+        for target in self.promises.open_targets():
             try:
-                if promise.kind == "asample":
-                    self.sampling.start(promise, self.sampling.samplers[promise.target])
-                else:
-                    self.run(promise.target).offer(promise)
-            except (RequestError, KeyError) as error:
-                self.promises.fail(promise, error if isinstance(error, RequestError) else NotFound(f"there is no {promise.target!r}"))
+                if target in self._rows:
+                    self.run(target)
+                    continue
+                sampler = self.sampling.samplers.get(target)
+                if sampler is None:
+                    raise NotFound(f"there is no {target!r} any more")
+                for promise in self.promises.to_do(target):
+                    self.sampling.start(promise, sampler)
+            except RequestError as error:
+                for promise in self.promises.to_do(target):
+                    self.promises.fail(promise, error)
         self._tidying = asyncio.create_task(self._tidy())
 
     async def close(self) -> None:
         if self._tidying is not None:
             self._tidying.cancel()
-        await asyncio.gather(*(run.close() for run in self._runs.values()), return_exceptions=True)
+        for run in self._runs.values():
+            run.stop()
+        await asyncio.gather(*(run.stopped() for run in self._runs.values()))
         await asyncio.to_thread(self.journal.close)
 
     async def _tidy(self) -> None:
@@ -75,6 +84,8 @@ class Tinker:
                 self.promises.tidy()
                 await self.checkpoints.expire()
                 await self._remove_abandoned()
+                for row in [self._rows[run_id] for run_id, run in self._runs.items() if run.idle_for > PARKED]:
+                    await self._unload(row)
             except Exception:
                 LOG.exception("tidying failed; it is tried again")
 
@@ -96,13 +107,17 @@ class Tinker:
             await self.journal.write(("DELETE FROM sessions WHERE id = ?", [session.id]))
 
     async def _unload(self, row: RunRow) -> None:
+        """Take a run out of memory. It comes back with its next operation."""
         run = self._runs.pop(row.id, None)
         if run is None:
             return
-        await run.close()
-        engine = run.served.engine
-        if run.failed is None:
-            await run.served.shelf.worker.run(lambda: engine.remove_adapter(row.id))
+        run.stop()
+        removed = None
+        if run.failed is None:  # asked for before anything is awaited, so before the run can come back
+            removed = run.served.shelf.worker.run(lambda: run.served.engine.remove_adapter(row.id))
+        await run.stopped()
+        if removed is not None:
+            await removed
 
     # ------------------------------------------------ sessions
 
@@ -169,6 +184,10 @@ class Tinker:
         run = self._runs.get(row.id)
         return None if run is None else run.failed
 
+    def loaded(self, base: Served) -> int:
+        """How many runs are in memory on a base."""
+        return sum(run.served is base for run in self._runs.values())
+
     def run(self, run_id: str) -> Run:
         """A run at work, woken up from its state if need be."""
         if run_id not in self._runs:
@@ -176,7 +195,9 @@ class Tinker:
             if row is None:
                 raise NotFound(f"there is no model {run_id!r}")
             served = self.bases.find(row.base)
-            self._runs[run_id] = Run(row, served, self.promises, self.checkpoints, self.sampling, self._states(run_id))
+            run = self._runs[run_id] = Run(row, served, self.promises, self.checkpoints, self.sampling, self._states(run_id))
+            for promise in self.promises.to_do(run_id, -1 if row.state_seq is None else row.state_seq):
+                run.offer(promise)
         return self._runs[run_id]
 
     def _states(self, run_id: str) -> Path:
@@ -220,6 +241,7 @@ class Tinker:
     async def _new_run(
         self, owner: str, session: str, seq: int, base: str, lora: LoraConfig, metadata: dict[str, Any] | None, kind: str, raw: bytes
     ) -> Promise:
+        self._check_load(owner)
         run_id = f"{session}:train:{seq}"
         row = self._rows.get(run_id) or RunRow(run_id, session, owner, base, lora, metadata, time.time())
         promise, fresh = await self.promises.accept(owner, run_id, 0, kind, raw, {"run": run_id}, put(row))
@@ -228,11 +250,43 @@ class Tinker:
             self.run(run_id).offer(promise)
         return promise
 
+    async def copy_weights(self, owner: str, raw: bytes, key: str) -> str:
+        """A checkpoint of one's own from one that one may read, in a run that nobody trains. The same ``key`` makes one copy.
+
+        Raises:
+            NotFound: there is no such checkpoint.
+            RequestError: it would take the place of a run.
+        """
+        body = requests.parse(requests.CopyWeights, raw)
+        source = self.checkpoints.find(body.source_path, owner)
+        if body.session_id is not None:
+            self.open_session(owner, body.session_id)
+            run_id = f"{body.session_id}:train:{body.model_seq_id or 0}"
+        else:
+            run_id = f"{uuid.uuid5(uuid.NAMESPACE_URL, f'{owner} {key}')}:train:0"
+        path = f"tinker://{run_id}/{source.id}"
+        if run_id in self._rows:
+            if any(row.path == path for row in self.checkpoints.of_owner(owner, run_id)):
+                return path
+            raise RequestError(f"there is a training run {run_id!r} already; give another model_seq_id")
+        row = RunRow(run_id, "", owner, source.base, source.lora, source.user_metadata, time.time())
+        path = await self.checkpoints.copy(source, row, body.ttl_seconds)
+        self._rows[run_id] = row
+        return path
+
+    async def create_custom_loss(self, owner: str, raw: bytes) -> Promise:
+        """Answered with a refusal: a loss of the client's own runs on the client's side, by ``forward_backward_custom``."""
+        body = requests.parse(requests.CreateCustomLoss, raw)
+        self.open_session(owner, body.session_id)
+        promise, _ = await self.promises.accept(owner, f"{body.session_id}:loss", body.custom_loss_seq_id, "create_custom_loss", raw, {})
+        self.promises.fail(promise, RequestError("losses are not kept on this server; forward_backward_custom computes them on the client"))
+        return promise
+
     async def operation(self, owner: str, run_id: str, seq: int, kind: str, raw: bytes) -> Promise:
         """Accept an operation of a model. What is wrong with it beyond its address is told through the promise."""
         row = self.row(owner, run_id)
         self.open_session(owner, row.session_id)
-        self._check_load()
+        self._check_load(owner)
         if seq < 1 or seq >= 2**31:
             raise RequestError(f"seq_id {seq}: a model's operations are counted from 1")
         promise, fresh = await self.promises.accept(owner, run_id, seq, kind, raw, {"run": run_id})
@@ -248,7 +302,7 @@ class Tinker:
 
     async def sample(self, owner: str, raw: bytes) -> Promise:
         body = requests.parse(requests.Sample, raw)
-        self._check_load()
+        self._check_load(owner)
         sampler = await self._sampler_for(owner, body)
         seed, seq = new_seed(body.sampling_params.seed), secrets.randbits(62) if body.seq_id is None else body.seq_id
         facts = {"seed": seed, "sequences": [f"{sampler.id}:{seq}:{i}" for i in range(body.num_samples)]}
@@ -277,9 +331,9 @@ class Tinker:
                 raise RequestError(f"session {session.id!r} is finished; make a new ServiceClient")
         return sampler
 
-    def _check_load(self) -> None:
-        if self.promises.open >= MOST_OPEN:
-            raise Busy
+    def _check_load(self, owner: str) -> None:
+        if self.promises.open(owner) >= MOST_OPEN:
+            raise Busy(f"{self.promises.open(owner)} operations of yours are open already; wait for some of them")
 
     # ------------------------------------------------ answers
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from sqlite3 import Row
+from typing import Any, TypeVar
 
 from veneer.server.journal import Statement
 from veneer.types import LoraConfig
+
+T = TypeVar("T")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -119,9 +121,9 @@ def put(row: Any) -> Statement:
     return f"INSERT OR REPLACE INTO {TABLES[type(row)]} ({columns}) VALUES ({', '.join('?' * len(values))})", list(values.values())
 
 
-def row_of(kind: type, found: Mapping[str, Any]) -> Any:
+def row_of(kind: type[T], found: Row) -> T:
     """A row as its class."""
-    values = {name: found[name] for name in found.keys()}  # noqa: SIM118  sqlite3.Row iterates over values
+    values: dict[str, Any] = dict(zip(found.keys(), found, strict=True))
     for name in JSON_FIELDS:
         if values.get(name) is not None:
             values[name] = json.loads(values[name])
@@ -135,13 +137,3 @@ def row_of(kind: type, found: Mapping[str, Any]) -> Any:
 def timestamp(seconds: float) -> str:
     """ISO 8601 with its zone, which the SDK compares with aware times."""
     return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-@dataclass
-class Facts:
-    """What a promise remembers beside its body."""
-
-    seed: int | None = None
-    sequence_ids: list[str] | None = None
-    run_id: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict[str, Any])
