@@ -39,8 +39,9 @@ def serve(
     device: str,
     limits: Limits,
     log: Path | None,
+    lora_dir: Path | None,
 ) -> None:
-    """Run until SIGINT or SIGTERM. ``log``: the access log; None: stderr."""
+    """Run until SIGINT or SIGTERM. ``log``: the access log; None: stderr. ``lora_dir``: from inside of it clients may load adapters."""
     names = _names(bases, aliases)
     listening = _listen(host, port)
     home = veneer_home() / "server"
@@ -58,7 +59,7 @@ def serve(
         renderer, shelf = Renderer(engine.base.tokenizer), Shelf(worker, engine)
         shelf.on_load.append(partial(check_loaded, engine, tokens=canary_tokens(renderer.vocab_size)))
         served.append(Served(tuple(names[base]), engine, renderer, shelf))
-    app = make_app(Bases(served), worker, home, limits, lines)
+    app = make_app(Bases(served), worker, home, limits, lines, lora_dir=lora_dir)
     gc.freeze()
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"veneer: serving {', '.join(name for base in names for name in names[base])} on {where}", file=sys.stderr, flush=True)

@@ -21,6 +21,11 @@ import click
 @click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Where a JSON line for each request goes. On stderr otherwise."
 )
+@click.option(
+    "--lora-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Clients may load adapters from inside of this folder (/v1/load_lora_adapter).",
+)
 def command(
     bases: tuple[str, ...],
     aliases: tuple[str, ...],
@@ -31,6 +36,7 @@ def command(
     max_body: int,
     rate: float | None,
     log: Path | None,
+    lora_dir: Path | None,
 ) -> None:
     """Hold bases in memory; train and serve adapters on them. State is in $VENEER_HOME/server and outlives the process.
 
@@ -40,4 +46,4 @@ def command(
     from veneer.cli.hosting import serve
     from veneer.server.limits import MIB, Limits
 
-    serve(bases, aliases, host, port, threads, device, Limits(max_body * MIB, rate), log)
+    serve(bases, aliases, host, port, threads, device, Limits(max_body * MIB, rate), log, lora_dir)
