@@ -44,7 +44,7 @@ from veneer.types import (
 T = TypeVar("T")
 
 ENOUGH_TOKENS = 16
-"""A first step on at least this many tokens must reach every target; a row of one token has no gradient for queries and keys."""
+"""The first gradient of at least this many tokens must reach every target; a row of one token has none for queries and keys."""
 
 
 @dataclass
@@ -60,6 +60,10 @@ class _Slot:
     """version -> digest of everything that was ever published under this name."""
     pending_tokens: float = 0.0
     """Tokens whose gradient waits for the next optimizer step."""
+    dropped: bool = False
+    """The last ``forward_backward`` failed, and what was gathered went with it."""
+    reached: bool = False
+    """A gradient has reached every target, or the adapter came with steps behind it."""
 
 
 class LocalEngine:
@@ -201,11 +205,11 @@ class LocalEngine:
 
     # ------------------------------------------------ barriers
 
-    def optim_step(self, adapter: str, params: AdamParams) -> EngineFuture[dict[str, float]]:
+    def optim_step(self, adapter: str, params: AdamParams, *, need_gradient: bool = True) -> EngineFuture[dict[str, float]]:
         numbers = (params.learning_rate, params.eps, params.weight_decay, params.grad_clip_norm)
         if not all(0 <= number < math.inf for number in numbers) or not (0 <= params.beta1 < 1 and 0 <= params.beta2 < 1):
             raise RequestError(f"{params}: every number must be finite and not negative, and both betas below 1")
-        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params))
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params, need_gradient=need_gradient))
 
     def _optim_steps(self, requests: list[Request]) -> None:
         """One update over the rows of several adapters, each of which appears once."""
@@ -215,7 +219,7 @@ class LocalEngine:
             assert request.optim is not None
             try:
                 slot = self._slot(request.adapter)
-                self._check_gradient(slot)
+                self._check_gradient(slot, request.need_gradient)
                 ready.append((request, slot, request.optim))
             except (AdapterError, RunError) as error:
                 request.future.set_error(error)
@@ -224,23 +228,25 @@ class LocalEngine:
         norms = self._stack.rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, _), norm in zip(ready, norms, strict=True):
             slot.pending_tokens = 0
-            if not math.isfinite(norm):
-                request.future.set_error(
-                    RunError("the gradient is not finite; the weights were left as they were. Lower the learning rate")
-                )
+            if isinstance(norm, RunError):
+                request.future.set_error(norm)
                 continue
             slot.version += 1
             request.future.set_result({"grad_norm": norm, "version": float(slot.version)})
 
-    def _check_gradient(self, slot: _Slot) -> None:
-        if slot.pending_tokens == 0:
+    def _check_gradient(self, slot: _Slot, need_gradient: bool) -> None:
+        dropped, slot.dropped = slot.dropped, False
+        if dropped and slot.pending_tokens == 0:
+            raise RunError("optim_step without a gradient: the last forward_backward failed; train on its data again")
+        if need_gradient and slot.pending_tokens == 0:
             raise RunError("optim_step without a gradient: no forward_backward since the last step")
-        if self._stack.rows.steps[slot.slot] == 0 and slot.pending_tokens >= ENOUGH_TOKENS:
+        if not slot.reached and slot.pending_tokens >= ENOUGH_TOKENS:
             untrained = self._stack.without_gradient(slot.slot)
             if untrained:
                 raise AttestationError(
                     f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
                 )
+            slot.reached = bool(self._stack.rows.grads[slot.slot].any())
 
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
         return self._enqueue_barrier(adapter, lambda: self._publish(adapter), changes_samples=True)
@@ -283,7 +289,7 @@ class LocalEngine:
             raise
         if name in self._slots:
             self._forget(name)
-        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version)
+        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version, reached=self._stack.rows.steps[slot] > 0)
         self._publish(name)
 
     def _fill(self, slot: int, checkpoint: Checkpoint) -> None:
@@ -362,6 +368,8 @@ class LocalEngine:
                 self._check_provenance(request.adapter, request.train.data)
         except (AdapterError, AttestationError) as error:
             request.future.set_error(error)
+            if request.adapter in self._slots and request.train is not None and request.train.backward:
+                self._slots[request.adapter].dropped = True
             return False
         for work in (request.sample, request.train):
             if work is not None:
@@ -401,11 +409,12 @@ class LocalEngine:
                 continue
             output = to_output(answer)
             if name is not None:
-                self._slot(name).pending_tokens += output.metrics["tokens:sum"]
+                slot = self._slot(name)
+                slot.pending_tokens, slot.dropped = slot.pending_tokens + output.metrics["tokens:sum"], False
             request.future.set_result(output)
         for name in spoilt:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
             slot = self._slot(name)
-            slot.pending_tokens = 0
+            slot.pending_tokens, slot.dropped = 0, True
             self._stack.rows.grads[slot.slot].zero_()
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
