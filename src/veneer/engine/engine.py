@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from veneer.digest import digest_adapter
+from veneer.engine.arrivals import check_data
 from veneer.engine.base import Base
 from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.full import FullStack
@@ -144,26 +145,34 @@ class LocalEngine:
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
 
     def forward(
-        self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str | None,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> EngineFuture[ForwardBackwardOutput]:
-        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False))
+        request = PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False, everywhere=everywhere)
+        return self._enqueue_pass(adapter, request)
 
     def forward_backward(
-        self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> EngineFuture[ForwardBackwardOutput]:
         self._check_provenance(adapter, data)
-        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True))
+        request = PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True, everywhere=everywhere)
+        return self._enqueue_pass(adapter, request)
 
     def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
         self._check_known(adapter)
         resolve_loss(request.loss_fn, request.loss_config)
-        for i, datum in enumerate(request.data):
-            if len(datum.tokens) > self.context_length:
-                raise DataError(f"datum {i} has {len(datum.tokens)} tokens; the base's context is {self.context_length}")
-            for name in ("tokens", "targets"):
-                array = getattr(datum, name)
-                if array.min() < 0 or array.max() >= self.base.vocab_size:
-                    raise DataError(f"datum {i}: {name} must be from 0 to {self.base.vocab_size - 1}")
+        check_data(request.data, request.loss_fn, self.base.vocab_size, self.context_length)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), train=request))
 
     def _check_known(self, adapter: str | None) -> None:
