@@ -124,7 +124,7 @@ def test_all_of_the_house_is_walked() -> None:
         ("from veneer.store.run import Run", "veneer.render.renderer", "L1 may not import L1"),
         ("from ..engine import base", "veneer.store.run", "L1 may not import L1"),
         ("from veneer.train import rl", "veneer.envs.dataset", "L2 may not import L3"),
-        ("from veneer.cli import output", "veneer.train.rl", "L3 may not import L4"),
+        ("from veneer.cli import output", "veneer.train.rl", "L3 may not import L5"),
         ("from veneer.cli.assemble import start", "veneer.server.http", "L4 may not import L5"),
         ("from veneer.train import rl", "veneer.server.http", "server never imports train"),
         ("import safetensors", "veneer.types", "is to stay light"),
