@@ -10,7 +10,7 @@ import pytest
 from engine_tools import add_random_adapter, count_passes, datum, row_bytes, wide_engine
 
 from veneer.engine import LocalEngine
-from veneer.types import AdamParams, DataError, Datum, LoraConfig
+from veneer.types import AdamParams, DataError, Datum, LoraConfig, RequestError
 
 STEP = AdamParams(learning_rate=1e-2, weight_decay=0.1)
 NAMES = ("a", "bad", "b", "c")
