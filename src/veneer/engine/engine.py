@@ -124,7 +124,12 @@ class LocalEngine:
 
     def _forget(self, name: str) -> None:
         self._stack.remove(self._slot(name).slot)
-        del self._slots[name]
+        self._drop_prefixes(self._slots.pop(name).published)
+
+    def _drop_prefixes(self, adapter: Adapter | None) -> None:
+        """Nobody samples from these weights any more, or not under this name."""
+        if adapter is not None and all(slot.published is None or slot.published.digest != adapter.digest for slot in self._slots.values()):
+            self._sampler.prefixes.drop(adapter.digest)
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
@@ -269,7 +274,9 @@ class LocalEngine:
     def _publish(self, name: str) -> Adapter:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
+        before = slot.published
         slot.published = self._describe(name, self._stack.rows.published)  # of what will be sampled, not of what was meant
+        self._drop_prefixes(before)
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
 
@@ -439,6 +446,7 @@ class LocalEngine:
             scores.top,
             scores.targets,
             row.switches,
+            row.known,
         )
 
     def _run_passes(self, requests: list[Request]) -> None:
