@@ -116,8 +116,8 @@ def test_a_sampler_that_answers_with_an_old_version_is_caught(tmp_path: Path, mo
     engine = engine_of(session)
     to_sample, first = engine._to_sample, []
 
-    def stale(row: Any, published: Adapter | None, *rest: Any) -> Any:
-        sample = to_sample(row, published, *rest)
+    def stale(row: Any) -> Any:
+        sample = to_sample(row)
         first.append(sample.adapter)
         return dataclasses.replace(sample, adapter=first[0]) if len(sample.tokens) else sample
 
