@@ -23,13 +23,13 @@ def veneer(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "veneer", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/registry.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/registry.md", "docs/operating.md"])
 def test_the_console_session_works_line_by_line(tmp_path: Path, page: str) -> None:
     """A newcomer types a page's commands in order; training runs are cut to two steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     shown = "".join(blocks("console", (ROOT / page).read_text())).splitlines()
     lines = [line.partition(" #")[0].removeprefix("$ ").strip() for line in shown]
-    assert len(lines) >= 8
+    assert len(lines) >= 4
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "veneer"

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -16,21 +17,37 @@ from veneer.cli.assemble import PATIENCE
 from veneer.engine import LoraEngine, load_base, set_threads
 from veneer.measure.canary import canary_tokens, check_loaded
 from veneer.render import Renderer
+from veneer.server.access import is_loopback
 from veneer.server.app import make_app
 from veneer.server.bases import Bases, Served
+from veneer.server.connections import settings
+from veneer.server.keys import Keys
+from veneer.server.limits import Limits
+from veneer.server.log import AccessLog
 from veneer.server.shelf import Shelf
 from veneer.server.worker import Worker
 from veneer.store.files import veneer_home
 from veneer.types import ConfigError, RunError, SamplingParams
 
-GRACE = 5
-"""Seconds that open connections get when the server ends."""
 
-
-def serve(bases: Sequence[str], aliases: Sequence[str], host: str, port: int, threads: int | None, device: str) -> None:
-    """Run until SIGINT or SIGTERM."""
+def serve(
+    bases: Sequence[str],
+    aliases: Sequence[str],
+    host: str,
+    port: int,
+    threads: int | None,
+    device: str,
+    limits: Limits,
+    log: Path | None,
+    lora_dir: Path | None,
+) -> None:
+    """Run until SIGINT or SIGTERM. ``log``: the access log; None: stderr. ``lora_dir``: from inside of it clients may load adapters."""
     names = _names(bases, aliases)
     listening = _listen(host, port)
+    home = veneer_home() / "server"
+    _check_exposure(listening, home)
+    lines = AccessLog(log)
+    _allow_connections()
     set_threads(threads or os.cpu_count() or 1)
     engines = {base: LoraEngine(load_base(base, device), patience=PATIENCE) for base in names}
     for engine in engines.values():
@@ -42,12 +59,11 @@ def serve(bases: Sequence[str], aliases: Sequence[str], host: str, port: int, th
         renderer, shelf = Renderer(engine.base.tokenizer), Shelf(worker, engine)
         shelf.on_load.append(partial(check_loaded, engine, tokens=canary_tokens(renderer.vocab_size)))
         served.append(Served(tuple(names[base]), engine, renderer, shelf))
-    app = make_app(Bases(served), worker, veneer_home() / "server")
+    app = make_app(Bases(served), worker, home, limits, lines, lora_dir=lora_dir)
     gc.freeze()
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, timeout_keep_alive=75)
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"veneer: serving {', '.join(name for base in names for name in names[base])} on {where}", file=sys.stderr, flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(settings(app)).run(sockets=[listening])
 
 
 def _names(bases: Sequence[str], aliases: Sequence[str]) -> dict[str, list[str]]:
@@ -72,6 +88,30 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise RunError(f"cannot listen on {host} port {port}: {error.strerror}; give another --port") from error
     return listening
+
+
+def _check_exposure(listening: socket.socket, home: Path) -> None:
+    """
+    Raises:
+        ConfigError: other machines could call a server that has no keys.
+    """
+    address = listening.getsockname()[0]
+    if is_loopback(address):
+        return
+    keys = Keys(home)
+    if not keys.any():
+        raise ConfigError(f"{address} can be reached from outside, and there are no keys; make one first: veneer keys create --name NAME")
+    keys.close()
+
+
+def _allow_connections() -> None:
+    """As many as the system lets this process have, as each idle one holds a file descriptor."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _warm_up(engine: LoraEngine) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from veneer.digest import digest_adapter
+from veneer.engine.arrivals import check_data
 from veneer.engine.base import Base
 from veneer.engine.full import FullStack
 from veneer.engine.lanes import Lanes
@@ -29,7 +30,6 @@ from veneer.types import (
     AdapterError,
     AttestationError,
     Checkpoint,
-    DataError,
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
@@ -46,7 +46,7 @@ from veneer.types import (
 T = TypeVar("T")
 
 ENOUGH_TOKENS = 16
-"""A first step on at least this many tokens must reach every target; a row of one token has no gradient for queries and keys."""
+"""The first gradient of at least this many tokens must reach every target; a row of one token has none for queries and keys."""
 
 
 @dataclass
@@ -62,6 +62,10 @@ class _Slot:
     """version -> digest of everything that was ever published under this name."""
     pending_tokens: float = 0.0
     """Tokens whose gradient waits for the next optimizer step."""
+    dropped: bool = False
+    """The last ``forward_backward`` failed, and what was gathered went with it."""
+    reached: bool = False
+    """A gradient has reached every target, or the adapter came with steps behind it."""
 
 
 class LocalEngine:
@@ -160,26 +164,34 @@ class LocalEngine:
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), later, sample=request))
 
     def forward(
-        self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str | None,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> EngineFuture[ForwardBackwardOutput]:
-        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False))
+        request = PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False, everywhere=everywhere)
+        return self._enqueue_pass(adapter, request)
 
     def forward_backward(
-        self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> EngineFuture[ForwardBackwardOutput]:
         self._check_provenance(adapter, data)
-        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True))
+        request = PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True, everywhere=everywhere)
+        return self._enqueue_pass(adapter, request)
 
     def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
         self._check_known(adapter)
         resolve_loss(request.loss_fn, request.loss_config)
-        for i, datum in enumerate(request.data):
-            if len(datum.tokens) > self.context_length:
-                raise DataError(f"datum {i} has {len(datum.tokens)} tokens; the base's context is {self.context_length}")
-            for name in ("tokens", "targets"):
-                array = getattr(datum, name)
-                if array.min() < 0 or array.max() >= self.base.vocab_size:
-                    raise DataError(f"datum {i}: {name} must be from 0 to {self.base.vocab_size - 1}")
+        check_data(request.data, request.loss_fn, self.base.vocab_size, self.context_length)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), train=request))
 
     def _check_known(self, adapter: str | None) -> None:
@@ -200,11 +212,11 @@ class LocalEngine:
 
     # ------------------------------------------------ barriers
 
-    def optim_step(self, adapter: str, params: AdamParams) -> EngineFuture[dict[str, float]]:
+    def optim_step(self, adapter: str, params: AdamParams, *, need_gradient: bool = True) -> EngineFuture[dict[str, float]]:
         numbers = (params.learning_rate, params.eps, params.weight_decay, params.grad_clip_norm)
         if not all(0 <= number < math.inf for number in numbers) or not (0 <= params.beta1 < 1 and 0 <= params.beta2 < 1):
             raise RequestError(f"{params}: every number must be finite and not negative, and both betas below 1")
-        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params))
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params, need_gradient=need_gradient))
 
     def _optim_steps(self, requests: list[Request]) -> None:
         """One update over the rows of several adapters, each of which appears once."""
@@ -214,7 +226,7 @@ class LocalEngine:
             assert request.optim is not None
             try:
                 slot = self._slot(request.adapter)
-                self._check_gradient(slot)
+                self._check_gradient(slot, request.need_gradient)
                 ready.append((request, slot, request.optim))
             except (AdapterError, RunError) as error:
                 request.future.set_error(error)
@@ -223,23 +235,25 @@ class LocalEngine:
         norms = self._stack.rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, _), norm in zip(ready, norms, strict=True):
             slot.pending_tokens = 0
-            if not math.isfinite(norm):
-                request.future.set_error(
-                    RunError("the gradient is not finite; the weights were left as they were. Lower the learning rate")
-                )
+            if isinstance(norm, RunError):
+                request.future.set_error(norm)
                 continue
             slot.version += 1
             request.future.set_result({"grad_norm": norm, "version": float(slot.version)})
 
-    def _check_gradient(self, slot: _Slot) -> None:
-        if slot.pending_tokens == 0:
+    def _check_gradient(self, slot: _Slot, need_gradient: bool) -> None:
+        dropped, slot.dropped = slot.dropped, False
+        if dropped and slot.pending_tokens == 0:
+            raise RunError("optim_step without a gradient: the last forward_backward failed; train on its data again")
+        if need_gradient and slot.pending_tokens == 0:
             raise RunError("optim_step without a gradient: no forward_backward since the last step")
-        if self._stack.rows.steps[slot.slot] == 0 and slot.pending_tokens >= ENOUGH_TOKENS:
+        if not slot.reached and slot.pending_tokens >= ENOUGH_TOKENS:
             untrained = self._stack.without_gradient(slot.slot)
             if untrained:
                 raise AttestationError(
                     f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
                 )
+            slot.reached = bool(self._stack.rows.grads[slot.slot].any())
 
     def zero_grad(self, adapter: str) -> EngineFuture[None]:
         return self._enqueue_barrier(adapter, lambda: self._zero_grad(adapter))
@@ -290,7 +304,7 @@ class LocalEngine:
             raise
         if name in self._slots:
             self._forget(name)
-        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version)
+        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version, reached=self._stack.rows.steps[slot] > 0)
         self._publish(name)
 
     def _fill(self, slot: int, checkpoint: Checkpoint) -> None:
@@ -369,6 +383,8 @@ class LocalEngine:
                 self._check_provenance(request.adapter, request.train.data)
         except (AdapterError, AttestationError) as error:
             request.future.set_error(error)
+            if request.adapter in self._slots and request.train is not None and request.train.backward:
+                self._slots[request.adapter].dropped = True
             return False
         if request.train is not None:
             request.train.slot = None if slots[0] is None else slots[0].slot
@@ -439,10 +455,12 @@ class LocalEngine:
                 continue
             output = to_output(answer)
             if name is not None:
-                self._slot(name).pending_tokens += output.metrics["tokens:sum"]
+                slot = self._slot(name)
+                slot.pending_tokens, slot.dropped = slot.pending_tokens + output.metrics["tokens:sum"], False
             request.future.set_result(output)
         for name in spoilt:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
             self._zero_grad(name)
+            self._slot(name).dropped = True
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
         total = self._stack.rows.grads[slot]

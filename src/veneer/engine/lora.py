@@ -188,8 +188,11 @@ class LoraStack:
         return sum(t.numel() for t in self.named(slot, self.rows.training).values())
 
     def without_gradient(self, slot: int) -> list[str]:
-        """Adapted linear maps whose B has a gradient of exactly zero: their hook was never called, or they lead nowhere."""
-        return [name for name, (_, bt) in self.views(slot, self.rows.grads).items() if not bt.any()]
+        """Adapted linear maps whose B has a gradient of exactly zero beside others that have one: their hook was never called, or
+        they lead nowhere. A gradient of zero everywhere says nothing about any of them."""
+        views = self.views(slot, self.rows.grads)
+        zero = [name for name, (_, bt) in views.items() if not bt.any()]
+        return zero if len(zero) < len(views) else []
 
     # ------------------------------------------------ passes
 

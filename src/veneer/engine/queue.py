@@ -98,6 +98,8 @@ class Request:
     sample: SampleRequest | None = None
     train: PassRequest | None = None
     optim: AdamParams | None = None
+    need_gradient: bool = True
+    """An optimizer step that is refused where no gradient waits."""
     barrier: Callable[[], Any] | None = None
     changes_samples: bool = False
     """A barrier that replaces what completions are drawn from."""

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +22,7 @@ from veneer.types import StorageError
 
 LOG = logging.getLogger("veneer.server")
 Statement = tuple[str, Sequence[Any]]
+PULSE = "CREATE TABLE IF NOT EXISTS pulse (one INTEGER PRIMARY KEY, at REAL NOT NULL);"
 
 
 class Journal:
@@ -30,7 +32,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._reader = self._open()
-        self._reader.executescript(schema)
+        self._reader.executescript(schema + PULSE)
         self._queue: SimpleQueue[tuple[Sequence[Statement], asyncio.Future[None] | None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="veneer-journal", daemon=True)
         self._thread.start()
@@ -57,6 +59,14 @@ class Journal:
     def note(self, *statements: Statement) -> None:
         """As ``write``, for what can be made again: nobody waits, and a failure costs nothing but time after a restart."""
         self._queue.put((statements, None))
+
+    async def pulse(self) -> None:
+        """Write something that nobody reads, to see whether it can be done.
+
+        Raises:
+            StorageError: it cannot.
+        """
+        await self.write(("INSERT OR REPLACE INTO pulse (one, at) VALUES (1, ?)", [time.time()]))
 
     def close(self) -> None:
         """Write what is left."""

@@ -19,6 +19,8 @@ MOST = 1024
 class _Place:
     loaded: asyncio.Task[Adapter]
     users: int = 0
+    leaving: bool = False
+    """It is not kept once nobody uses it."""
 
 
 @dataclass
@@ -35,6 +37,9 @@ class Shelf:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._places
+
     @asynccontextmanager
     async def hold(self, digest: str, read: Callable[[], Checkpoint]) -> AsyncIterator[str]:
         """The adapter's name in the engine, which stays loaded meanwhile. ``read`` fetches it, on another thread, if it is not there."""
@@ -42,6 +47,7 @@ class Shelf:
         if place is None:
             place = self._places[digest] = _Place(asyncio.create_task(self._load(digest, read)))
         place.users += 1
+        place.leaving = False
         self._places.move_to_end(digest)
         try:
             if not place.loaded.done():
@@ -72,8 +78,16 @@ class Shelf:
 
     def _make_room(self) -> None:
         unused = [digest for digest, place in self._places.items() if place.users == 0 and place.loaded.done()]
-        for digest in unused[: max(0, len(self._places) - self.most)]:
+        leaving = [digest for digest in unused if self._places[digest].leaving]
+        staying = [digest for digest in unused if not self._places[digest].leaving]
+        for digest in leaving + staying[: max(0, len(self._places) - len(leaving) - self.most)]:
             self._remove(digest)
+
+    def release(self, digest: str) -> None:
+        """Take an adapter out of memory as soon as nobody is answered with it."""
+        if digest in self._places:
+            self._places[digest].leaving = True
+            self._make_room()
 
     def _remove(self, digest: str) -> None:
         del self._places[digest]

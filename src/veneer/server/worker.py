@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,6 +14,8 @@ from veneer.types import Engine, Future, RunError
 
 T = TypeVar("T")
 LOG = logging.getLogger("veneer.server")
+LAST_STEP = 30.0
+"""Seconds that a step may take when the server ends."""
 
 
 class Worker:
@@ -21,8 +24,10 @@ class Worker:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = list(engines)
-        self.heartbeat = 0
-        """Counts up with every turn of the thread."""
+        self.turned = time.monotonic()
+        """When the thread began the turn that it is in."""
+        self.on_answer: list[Callable[[Engine, object], None]] = []
+        """Called with every answer of an engine, on the engines' thread."""
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = threading.Event()
         self._open: dict[Engine, set[Future[object]]] = {engine: set() for engine in engines}
@@ -40,10 +45,10 @@ class Worker:
         return sum(len(futures) for futures in self._open.values())
 
     def stop(self) -> None:
-        """End the thread after the step at hand."""
+        """End the thread after the step at hand; one that hangs is left behind."""
         self._stopping = True
         self._awake.set()
-        self._thread.join()
+        self._thread.join(LAST_STEP)
 
     # ------------------------------------------------ from the event loop
 
@@ -88,6 +93,8 @@ class Worker:
             except BaseException as error:
                 loop.call_soon_threadsafe(_set_error, answer, error)
             else:
+                for look in self.on_answer:
+                    look(engine, result)
                 loop.call_soon_threadsafe(_set_result, answer, result)
 
         def give_up() -> None:
@@ -109,12 +116,18 @@ class Worker:
             if not any(self._open.values()):
                 self._awake.wait()
             self._awake.clear()
+            self.turned = time.monotonic()
             while self._calls:
-                self._calls.popleft()()
+                self._do(self._calls.popleft())
             for engine in self.engines:
                 if self._open[engine]:
                     self._step(engine)
-            self.heartbeat += 1
+
+    def _do(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:  # one broken call must not end the thread that answers everybody
+            LOG.exception("a call on the engines' thread failed")
 
     def _step(self, engine: Engine) -> None:
         try:

@@ -11,9 +11,11 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.server.errors import UNKNOWN, told
 from veneer.server.journal import Journal, Statement
 from veneer.types import RequestError, VeneerError
 
@@ -56,7 +58,12 @@ class Promises:
         self._by_seq: dict[tuple[str, int], Promise] = {}
         self._writing: dict[tuple[str, int], asyncio.Future[Promise]] = {}
         self._next = 1 + (journal.read("SELECT max(number) FROM promises")[0][0] or 0)
-        self.open = 0
+        self._open: Counter[str] = Counter()
+        """By owner."""
+
+    def open(self, owner: str | None = None) -> int:
+        """How many have no answer yet, of one owner or of all."""
+        return self._open.total() if owner is None else self._open[owner]
 
     def open_targets(self) -> list[str]:
         """Whose promises were open when the last process ended."""
@@ -88,7 +95,7 @@ class Promises:
 
     def _keep(self, promise: Promise) -> Promise:
         self._by_id[promise.id] = self._by_seq[promise.target, promise.seq] = promise
-        self.open += not promise.done
+        self._open[promise.owner] += not promise.done
         return promise
 
     async def accept(
@@ -140,7 +147,7 @@ class Promises:
             return
         promise.answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         promise.media_type, promise.done_at = media_type, time.time()
-        self.open -= 1
+        self._open[promise.owner] -= 1
         self.journal.note(
             (
                 "UPDATE promises SET done = ?, media_type = ?, answer = ? WHERE number = ?",
@@ -152,10 +159,10 @@ class Promises:
     def fail(self, promise: Promise, error: BaseException) -> None:
         """Answer with an error: of category user if the request was wrong. What is no error of ours is logged, not shown."""
         if isinstance(error, VeneerError):
-            text, category = str(error), "user" if isinstance(error, RequestError) else "server"
+            text, category = told(error), "user" if isinstance(error, RequestError) else "server"
         else:
             LOG.error("%s %s failed", promise.kind, promise.id, exc_info=error)
-            text, category = "the server failed on this request; its log says more", "server"
+            text, category = UNKNOWN, "server"
         self.resolve(promise, {"error": text, "category": category})
 
     def forget_body(self, *promises: Promise) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from veneer.server.errors import TooLarge
 from veneer.types import DataError, RequestError
 
 T = TypeVar("T", bound="Body")
@@ -15,19 +17,39 @@ HOUR, TEN_YEARS = 3600, 10 * 366 * 24 * 3600
 Ttl = Annotated[int, Field(ge=HOUR, le=TEN_YEARS)]
 
 
+MOST_METADATA = 2**16
+
+
+def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
+    """It is given back as JSON, which has no NaN and no endless numbers, and stays in memory until then."""
+    if len(json.dumps(metadata, allow_nan=False)) > MOST_METADATA:
+        raise ValueError(f"more than {MOST_METADATA} characters")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_kept)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""The first wrong entry is enough: a million of them would be a million errors in memory."""
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), str_max_length=2**16)
+    max_bytes: ClassVar[int] = 2**20
+    """Of such a body: what JSON says in three bytes Python keeps in sixty."""
 
 
 def parse(kind: type[T], body: bytes) -> T:
     """
     Raises:
         DataError: the body is not of that kind; the message names the first field that is wrong.
+        TooLarge: no such body is as large.
     """
+    if len(body) > kind.max_bytes:
+        raise TooLarge(f"the body has {len(body)} bytes; this request may have {kind.max_bytes}")
     try:
         return kind.model_validate_json(body)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         raise DataError(f"{where}: {first['msg']}") from error
 
@@ -37,8 +59,8 @@ class ClientConfig(Body):
 
 
 class CreateSession(Body):
-    tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
+    tags: Texts = []
+    user_metadata: Metadata | None = None
     sdk_version: str = ""
     display_name: str | None = None
 
@@ -63,7 +85,7 @@ class CreateModel(Body):
     session_id: str
     model_seq_id: Seq
     base_model: str
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     lora_config: LoraFields | None = None
     optimizer_config: OptimizerConfig = OptimizerConfig()
 
@@ -105,7 +127,7 @@ class SaveWeights(Operation):
     path: str
     ttl_seconds: Ttl | None = None
     overwrite: bool = False
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class SaveWeightsForSampler(Operation):
@@ -113,13 +135,13 @@ class SaveWeightsForSampler(Operation):
     sampling_session_seq_id: Seq | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
     ttl_seconds: Ttl | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class SaveWeightsExternal(Operation):
     path: str
     ttl_seconds: Ttl | None = None
-    age_encryption_recipients: list[str] | None = None
+    age_encryption_recipients: Texts | None = None
 
 
 class LoadWeights(Body):
@@ -130,7 +152,7 @@ class LoadWeights(Body):
     session_id: str | None = None
     model_seq_id: Seq | None = None
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     optimizer_config: OptimizerConfig | None = None
 
 
@@ -142,15 +164,16 @@ class CreateSamplingSession(Body):
 
 
 Token = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
 
 
 class Chunk(Body):
     type: str = "encoded_text"
-    tokens: list[Token] = []
+    tokens: Tokens = []
 
 
 class Prompt(Body):
-    chunks: list[Chunk]
+    chunks: Annotated[list[Chunk], Field(fail_fast=True)]
 
     def tokens(self) -> list[int]:
         for chunk in self.chunks:
@@ -159,27 +182,42 @@ class Prompt(Body):
         return [token for chunk in self.chunks for token in chunk.tokens]
 
 
+Few = Field(max_length=1024)
+COLDEST = 1e-6
+
+
+def _warm(temperature: float) -> float:
+    """Below this, logits divided by it are beyond what float32 holds."""
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"at least {COLDEST}, or 0 for the likeliest token")
+    return temperature
+
+
 class Sampling(Body):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | list[str] | list[Token] | None = None
-    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    stop: str | Annotated[Texts, Few] | Annotated[Tokens, Few] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6), AfterValidator(_warm)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = -1
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+Int64s = Annotated[list[Annotated[int, Field(ge=-(2**63), lt=2**63)]], Field(fail_fast=True)]
+
+
 class TensorFields(Body):
-    data: list[int]
+    data: Int64s
     dtype: Literal["int64"] = "int64"
-    shape: list[int] | None = None
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
+    shape: Int64s | None = None
+    sparse_crow_indices: Int64s | None = None
+    sparse_col_indices: Int64s | None = None
 
 
 TopK = Annotated[int, Field(ge=0, le=1000)]
 
 
 class Sample(Body):
+    max_bytes: ClassVar[int] = 2**23
     prompt: Prompt
     sampling_params: Sampling
     num_samples: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -207,7 +245,8 @@ class CancelFuture(Body):
 
 class FuturesTarget(Body):
     sampling_session_id: str
-    cloned_sampler_id: Seq = 0
+    cloned_sampler_id: Annotated[int, Field(ge=0, lt=2**33)] = 0
+    """Times a thousand million it is a sequence number."""
 
 
 class RetrieveFutures(Body):

@@ -54,10 +54,6 @@ def _promised(promise: Promise) -> JSONResponse:
 
 
 def _add_session_routes(router: APIRouter, tinker: Tinker) -> None:
-    @router.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
     @router.get("/get_server_capabilities")
     async def capabilities() -> dict[str, Any]:
         models = [

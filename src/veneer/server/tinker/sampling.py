@@ -24,6 +24,8 @@ from veneer.types import AttestationError, Checkpoint, DataError, RequestError, 
 CLONE = 1_000_000_000
 """Sequence numbers of a cloned client begin at a multiple of this."""
 POLL = 0.05
+MOST_TARGETS = 2**22
+"""Of one prompt: looking them up keeps everybody else waiting."""
 
 
 class Sampling:
@@ -172,6 +174,8 @@ def _targets(fields: requests.TensorFields, prompt: int) -> wire.PromptTargets:
     data = np.array(fields.data, np.int64)
     if len(shape) != 2 or shape[0] != prompt - 1 or shape[1] < 1 or min(shape) < 0:
         raise DataError(f"target_prompt_logprobs must have shape [{prompt - 1}, K], a row for each prompt token but the first")
+    if shape[0] * shape[1] > MOST_TARGETS:
+        raise DataError(f"target_prompt_logprobs: {shape[0]} x {shape[1]} targets are too many, at most {MOST_TARGETS} can be looked up")
     if fields.sparse_crow_indices is None:
         if data.size != shape[0] * shape[1]:
             raise DataError(f"target_prompt_logprobs: {data.size} numbers do not fill shape {shape}")

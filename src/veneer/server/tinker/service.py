@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from veneer.server.bases import Bases
+from veneer.server.bases import Bases, Served
 from veneer.server.errors import Busy, Gone, NotFound
 from veneer.server.journal import Journal
 from veneer.server.tinker import requests, wire
@@ -32,7 +32,7 @@ ABANDONED = 7 * 24 * 3600.0
 PARKED = 1800.0
 """Seconds without an operation after which a run leaves the engine."""
 MOST_OPEN = 20_000
-"""Promises that may be open at once; more are told to come back later."""
+"""Promises that one owner may have open at once; more are told to come back later. What waits for a number that never comes is open."""
 
 
 class Tinker:
@@ -184,6 +184,10 @@ class Tinker:
         run = self._runs.get(row.id)
         return None if run is None else run.failed
 
+    def loaded(self, base: Served) -> int:
+        """How many runs are in memory on a base."""
+        return sum(run.served is base for run in self._runs.values())
+
     def run(self, run_id: str) -> Run:
         """A run at work, woken up from its state if need be."""
         if run_id not in self._runs:
@@ -237,6 +241,7 @@ class Tinker:
     async def _new_run(
         self, owner: str, session: str, seq: int, base: str, lora: LoraConfig, metadata: dict[str, Any] | None, kind: str, raw: bytes
     ) -> Promise:
+        self._check_load(owner)
         run_id = f"{session}:train:{seq}"
         row = self._rows.get(run_id) or RunRow(run_id, session, owner, base, lora, metadata, time.time())
         promise, fresh = await self.promises.accept(owner, run_id, 0, kind, raw, {"run": run_id}, put(row))
@@ -250,6 +255,7 @@ class Tinker:
 
         Raises:
             NotFound: there is no such checkpoint.
+            RequestError: it would take the place of a run.
         """
         body = requests.parse(requests.CopyWeights, raw)
         source = self.checkpoints.find(body.source_path, owner)
@@ -259,8 +265,10 @@ class Tinker:
         else:
             run_id = f"{uuid.uuid5(uuid.NAMESPACE_URL, f'{owner} {key}')}:train:0"
         path = f"tinker://{run_id}/{source.id}"
-        if run_id in self._rows and any(row.path == path for row in self.checkpoints.of_owner(owner, run_id)):
-            return path
+        if run_id in self._rows:
+            if any(row.path == path for row in self.checkpoints.of_owner(owner, run_id)):
+                return path
+            raise RequestError(f"there is a training run {run_id!r} already; give another model_seq_id")
         row = RunRow(run_id, "", owner, source.base, source.lora, source.user_metadata, time.time())
         path = await self.checkpoints.copy(source, row, body.ttl_seconds)
         self._rows[run_id] = row
@@ -278,7 +286,7 @@ class Tinker:
         """Accept an operation of a model. What is wrong with it beyond its address is told through the promise."""
         row = self.row(owner, run_id)
         self.open_session(owner, row.session_id)
-        self._check_load()
+        self._check_load(owner)
         if seq < 1 or seq >= 2**31:
             raise RequestError(f"seq_id {seq}: a model's operations are counted from 1")
         promise, fresh = await self.promises.accept(owner, run_id, seq, kind, raw, {"run": run_id})
@@ -294,7 +302,7 @@ class Tinker:
 
     async def sample(self, owner: str, raw: bytes) -> Promise:
         body = requests.parse(requests.Sample, raw)
-        self._check_load()
+        self._check_load(owner)
         sampler = await self._sampler_for(owner, body)
         seed, seq = new_seed(body.sampling_params.seed), secrets.randbits(62) if body.seq_id is None else body.seq_id
         facts = {"seed": seed, "sequences": [f"{sampler.id}:{seq}:{i}" for i in range(body.num_samples)]}
@@ -323,9 +331,9 @@ class Tinker:
                 raise RequestError(f"session {session.id!r} is finished; make a new ServiceClient")
         return sampler
 
-    def _check_load(self) -> None:
-        if self.promises.open >= MOST_OPEN:
-            raise Busy
+    def _check_load(self, owner: str) -> None:
+        if self.promises.open(owner) >= MOST_OPEN:
+            raise Busy(f"{self.promises.open(owner)} operations of yours are open already; wait for some of them")
 
     # ------------------------------------------------ answers
 

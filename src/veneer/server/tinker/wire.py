@@ -5,6 +5,7 @@ The messages are built from the table below: package ``tinker_public``, proto3. 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from veneer.server.tinker.pieces import check_pieces
 from veneer.types import DataError, Datum, Floats, ForwardBackwardOutput, Sample, Tokens, TopLogprobs
 
 PROTOBUF = "application/x-protobuf"
@@ -111,8 +113,9 @@ class Pass:
 def parse_pass(body: bytes) -> Pass:
     """
     Raises:
-        DataError: the bytes are no such message.
+        DataError: the bytes are no such message, or one of too many parts.
     """
+    check_pieces(body)
     message = MESSAGES["ForwardBackwardRequest"]()
     try:
         message.ParseFromString(body)
@@ -136,6 +139,10 @@ def to_data(data: Sequence[Any], loss_fn: str) -> list[Datum]:
         DataError: an input is missing, of the wrong kind or shape; the message names the datum and the input.
     """
     datums: list[Datum] = []
+    sparse = [t for item in data for t in item.loss_fn_inputs.values() if t.WhichOneof("encoding") == "sparse_csr"]
+    cells = sum(math.prod(tensor.shape) for tensor in sparse if min(tensor.shape, default=0) >= 0)
+    if cells > MOST_CELLS:
+        raise DataError(f"CSR tensors with {cells} cells in one request; at most {MOST_CELLS} can be read: send fewer datums at once")
     for i, item in enumerate(data):
         try:
             datums.append(_datum(item, loss_fn))
@@ -188,6 +195,8 @@ def _array(name: str, tensor: Any) -> NDArray[Any]:
     if tensor.dtype not in NUMPY:
         raise DataError(f"{name} must be float32 or int64")
     dtype, shape = NUMPY[tensor.dtype], tuple(tensor.shape)
+    if min(shape, default=0) < 0:
+        raise DataError(f"{name} has shape {list(shape)}")
     try:
         if tensor.WhichOneof("encoding") != "sparse_csr":
             flat = np.frombuffer(tensor.dense, dtype)
@@ -200,8 +209,8 @@ def _array(name: str, tensor: Any) -> NDArray[Any]:
         raise DataError(f"{name} cannot be read ({error})") from error
 
 
-MOST_CELLS = 2**26
-"""Of one tensor: a CSR tensor of a few bytes could ask for any amount of memory."""
+MOST_CELLS = 2**24
+"""Of all CSR tensors of a request: one of a few bytes could ask for any amount of memory."""
 
 
 def from_csr(values: NDArray[Any], crow: NDArray[Any], col: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
