@@ -82,8 +82,8 @@ def test_learning_rate_zero_is_caught(tmp_path: Path) -> None:
 def test_an_optimizer_that_does_not_hold_the_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """B2. Gradients, norms and losses look healthy, and the optimizer updates nothing."""
     session = start(tmp_path)
-    monkeypatch.setattr(engine_of(session)._stack.rows, "_update", lambda slots, params, norms: None)
-    stops(session, "changed nothing that is sampled")
+    monkeypatch.setattr(engine_of(session)._stack.rows, "_update", lambda slots, params, norms: {})
+    stops(session, "the optimizer does not hold this adapter")
 
 
 def test_no_gradient_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
