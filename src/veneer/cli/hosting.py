@@ -13,7 +13,7 @@ import numpy as np
 import uvicorn
 
 from veneer.cli.assemble import PATIENCE
-from veneer.engine import LoraEngine, load_base, set_threads
+from veneer.engine import LocalEngine, LoraEngine, load_base, set_threads
 from veneer.render import Renderer
 from veneer.server.access import is_loopback
 from veneer.server.app import make_app
@@ -110,6 +110,6 @@ def _allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _warm_up(engine: LoraEngine) -> None:
+def _warm_up(engine: LocalEngine) -> None:
     """Answer once, so that the first client does not wait for loops to be compiled."""
     engine.sample(np.zeros(1, np.int64), None, SamplingParams(max_tokens=2)).result()

@@ -1,0 +1,107 @@
+"""What a client must not notice: a server that is killed, and neighbours that misbehave."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from client import CLIENTS, Stage, last_line, read_lines
+from server import Server
+
+STEPS = 20
+KILLED_BEHIND = (3, 10, 11)
+"""The server is killed right after the client has written these steps: the client is then inside the next one."""
+
+
+def restart(stage: Stage) -> dict[str, Any]:
+    """kill -9 in the middle of a running loop, and the same port and home again: the client goes on, to the same numbers."""
+    server = Server(stage.logs.parent / "home-restart", stage.logs / "server-restart.log")
+    try:
+        server.start()
+        wanted = finish(stage, start_loop(stage, "restart_alone", server.url), "restart_alone")
+        process = start_loop(stage, "restart_killed", server.url)
+        down = []
+        for step in KILLED_BEHIND:
+            wait_for_lines(stage, process, "restart_killed", step + 1)
+            server.kill()
+            clock = time.monotonic()
+            time.sleep(1.0)
+            server.start()
+            down.append(time.monotonic() - clock)
+        found = finish(stage, process, "restart_killed")
+    finally:
+        server.stop()
+    compare(found, wanted, "the interrupted run")
+    return {"kills": len(down), "steps": len(found), "longest_seconds_down": max(down)}
+
+
+def tenants(stage: Stage) -> dict[str, Any]:
+    """A tenant beside two vandals, one of which is killed with work in flight: bit for bit its run alone."""
+    stop = stage.logs / "tenants.stop"
+    url = stage.server.url
+    wanted = finish(stage, start_loop(stage, "tenants_alone", url), "tenants_alone")
+    vandals = {name: start_vandal(stage, name, stop, *more) for name, more in {"vandal": (), "vandal_killed": ("--flood",)}.items()}
+    try:
+        for name, vandal in vandals.items():
+            wait_for_lines(stage, vandal, name, 1)
+        process = start_loop(stage, "tenants_beside", url)
+        wait_for_lines(stage, process, "tenants_beside", STEPS // 2)
+        vandals["vandal_killed"].send_signal(signal.SIGKILL)
+        found = finish(stage, process, "tenants_beside")
+        stop.touch()
+        code = vandals["vandal"].wait(120)
+        said = read_lines(lines_of(stage, "vandal"))
+        assert code == 0, said[-1].get("error") if said else last_line(stage.logs / "vandal.log")
+    finally:
+        for vandal in vandals.values():
+            if vandal.poll() is None:
+                vandal.kill()
+    compare(found, wanted, "the run beside vandals")
+    return {"steps": len(found), "refused": said[-1]["refused"], "rounds_of_garbage": said[-1]["rounds"]}
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def lines_of(stage: Stage, name: str) -> Path:
+    return stage.logs / f"{name}.jsonl"
+
+
+def start_loop(stage: Stage, name: str, url: str) -> subprocess.Popen[bytes]:
+    lines_of(stage, name).unlink(missing_ok=True)
+    return stage.start(name, CLIENTS / "loop.py", "--lines", lines_of(stage, name), "--steps", STEPS, "--seed", 7, url=url)
+
+
+def start_vandal(stage: Stage, name: str, stop: Path, *more: str) -> subprocess.Popen[bytes]:
+    stop.unlink(missing_ok=True)
+    lines_of(stage, name).unlink(missing_ok=True)
+    return stage.start(name, CLIENTS / "vandal.py", "--stop", stop, "--lines", lines_of(stage, name), *more)
+
+
+def wait_for_lines(stage: Stage, process: subprocess.Popen[bytes], name: str, count: int, patience: float = 300.0) -> None:
+    clock = time.monotonic()
+    while len(read_lines(lines_of(stage, name))) < count:
+        if process.poll() is not None:
+            raise AssertionError(f"{name} ended early with code {process.returncode}: {last_line(stage.logs / f'{name}.log')}")
+        if time.monotonic() - clock > patience:
+            process.kill()
+            raise AssertionError(f"{name} wrote {len(read_lines(lines_of(stage, name)))} lines in {patience:.0f} s, not {count}")
+        time.sleep(0.02)
+
+
+def finish(stage: Stage, process: subprocess.Popen[bytes], name: str) -> list[dict[str, Any]]:
+    wait_for_lines(stage, process, name, STEPS)
+    code = process.wait(60)
+    assert code == 0, f"{name}: exit code {code}: {last_line(stage.logs / f'{name}.log')}"
+    return read_lines(lines_of(stage, name))
+
+
+def compare(found: list[dict[str, Any]], wanted: list[dict[str, Any]], what: str) -> None:
+    """Bit for bit: JSON writes a float so that it is read back exactly."""
+    assert len(found) == len(wanted) == STEPS, f"{what} has {len(found)} lines, the run alone {len(wanted)}"
+    for line, expected in zip(found, wanted, strict=True):
+        for key, value in expected.items():
+            assert line[key] == value, f"{what} differs from the run alone at step {expected['step']}: {key}"
