@@ -246,9 +246,9 @@ class LocalEngine:
         norms = rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, params), norm, old in zip(ready, norms, before, strict=True):
             slot.pending_tokens = 0
-            if isinstance(norm, float) and norm > 0 < params.learning_rate and torch.equal(old, rows.training[slot.slot]):
+            if not isinstance(norm, Exception) and norm > 0 < params.learning_rate and torch.equal(old, rows.training[slot.slot]):
                 norm = AttestationError(NOTHING_MOVED)
-            if not isinstance(norm, float):
+            if isinstance(norm, Exception):
                 request.future.set_error(norm)
                 continue
             slot.version += 1
