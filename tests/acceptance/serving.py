@@ -1,2 +1,4 @@
 from client import Stage
+
+
 def openai_api(stage: Stage): return {}

@@ -240,7 +240,7 @@ class LocalEngine:
         norms = self._stack.rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, _), norm in zip(ready, norms, strict=True):
             slot.pending_tokens = 0
-            if isinstance(norm, RunError):
+            if isinstance(norm, RequestError):
                 request.future.set_error(norm)
                 continue
             slot.version += 1

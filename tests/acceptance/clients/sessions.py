@@ -8,7 +8,22 @@ import uuid
 from typing import Any
 
 import tinker
-from checks import BASE, CONTEXT, OTHER_NAME, Figures, close, datum, http, logprobs_of, new_model, refused, rows, run_checks, tokens_of, train
+from checks import (
+    BASE,
+    CONTEXT,
+    OTHER_NAME,
+    Figures,
+    close,
+    datum,
+    http,
+    logprobs_of,
+    new_model,
+    refused,
+    rows,
+    run_checks,
+    tokens_of,
+    train,
+)
 from tinker import types
 from tinker.proto import tinker_public_pb2 as wire
 from tinker.proto.request_conv import forward_backward_request_to_proto
