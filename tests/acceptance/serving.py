@@ -1,2 +1,5 @@
 from client import Stage
-def openai_api(stage: Stage): return {}
+
+
+def openai_api(stage: Stage):
+    return {}
