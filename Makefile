@@ -1,5 +1,6 @@
 # make quickstart   install, then watch a rank-1 adapter learn; ARGS="--seed 1" and the like are passed on
 # make test         install, then lint, types and the whole suite
+# make fuzz         10,000 malformed requests, bent protobuf and the OpenAPI document against a real server; about 10 minutes
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make nano         pretrain the bundled base anew and measure its card
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types seeds bench nano clean
+.PHONY: install quickstart test lint types fuzz seeds bench nano clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ lint: install
 
 types: install
 	$(BIN)/basedpyright
+
+fuzz: install
+	VENEER_FUZZ=10000 $(BIN)/python -m pytest -n 0 -s tests/server/test_malformed.py tests/server/test_protobuf.py tests/server/test_schema.py
 
 bench: install
 	for name in rl_step sample train concurrency toggle long; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done

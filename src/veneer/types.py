@@ -112,6 +112,22 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """What an adapter did to one row of tokens when it was saved. Whoever loads it can see whether it does the same there."""
+
+    tokens: tuple[int, ...]
+    base_logprobs: tuple[float, ...]
+    """[len(tokens) - 1] of each token but the first, in nats, under the base alone."""
+    logprobs: tuple[float, ...]
+    """The same with the adapter."""
+    digest: str
+    """The adapter's."""
+    base_digest: str
+    dtype: str
+    """Of the arithmetic that measured it."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Adapter weights at rest. ``training`` also holds the optimizer's moments, ``sampler`` the weights alone."""
 
@@ -123,6 +139,8 @@ class Checkpoint:
     """PEFT's names, ``<module>.lora_A.weight`` [r, d_in] and ``.lora_B.weight`` [d_out, r]; for full fine-tuning, parameter names."""
     optimizer: Mapping[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
     """``m.<name>`` and ``v.<name>`` (Adam's moments) for every weight, and ``step``."""
+    canary: Canary | None = None
+    """None: it was not measured."""
 
 
 # ---------------------------------------------------------------- sampling
@@ -310,6 +328,14 @@ class Future(Awaitable[T_co], Protocol[T_co]):
 
     def result(self) -> T_co: ...
 
+    def cancel(self) -> bool:
+        """Give the request up. False: it is answered already."""
+        ...
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Call ``callback`` with this future when it is answered, on the thread that runs ``step``; at once if it is."""
+        ...
+
     def __await__(self) -> Generator[Any, None, T_co]: ...
 
 
@@ -395,6 +421,10 @@ class Engine(Protocol):
     def optim_step(self, adapter: str, params: AdamParams, *, need_gradient: bool = True) -> Future[dict[str, float]]:
         """Apply the gathered gradient, clear it, and count the version up by one. Without any ``forward_backward`` since the last step
         it is refused, unless ``need_gradient`` is false: then the moments alone move the weights."""
+        ...
+
+    def zero_grad(self, adapter: str) -> Future[None]:
+        """Drop the gathered gradient."""
         ...
 
     def publish(self, adapter: str) -> Future[Adapter]:

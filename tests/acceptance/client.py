@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server import Server
 from workplace import HERE, NANO
+
+from server import Server
 
 CLIENTS = HERE / "clients"
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE")

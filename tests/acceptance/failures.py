@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from client import CLIENTS, Stage, last_line, read_lines
+
 from server import Server
 
 STEPS = 20

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.store.registry import Registry
+
 PARENT = """
 import gc, json, os, resource, sys, traceback
 import matplotlib.pyplot
@@ -183,10 +185,13 @@ def small_run(folder: Path, seconds: float = 0.0, name: str = "small") -> Path:
 
 def evidence(home: Path, name: str = "small") -> dict[str, bytes]:
     """Everything of a finished run that must not depend on interruptions."""
-    run, adapters = home / "runs" / name, home / "adapters" / name
+    run = home / "runs" / name
     paths = [run / "metrics.jsonl", run / "config.toml", *run.glob("rollouts/*"), *run.glob("checkpoints/step-000006/*.safetensors")]
-    paths += [*adapters.glob("*/*.safetensors"), *adapters.glob("*/adapter_config.json")]
-    return {str(p.relative_to(home)): p.read_bytes() for p in paths}
+    found = {str(p.relative_to(home)): p.read_bytes() for p in paths}
+    for entry in Registry(home).entries(name):
+        files = ("adapter_model.safetensors", "adapter_config.json")
+        found |= {f"{entry.reference}/{file}": (entry.folder / file).read_bytes() for file in files}
+    return found
 
 
 def leftovers(folder: Path) -> list[str]:

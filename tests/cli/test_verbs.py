@@ -17,9 +17,14 @@ from safetensors.numpy import load_file, save_file
 
 from veneer.assets import NANO_FOLDER
 from veneer.cli.main import VERBS
+from veneer.store.registry import Registry
 
 pytestmark = pytest.mark.xdist_group("cli")
-HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic")
+ADAPTER_VERBS = (
+    *("list", "show", "lineage", "verify", "export", "import", "fork", "stack"),
+    *("promote", "rollback", "forget", "reindex", "trust"),
+)
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic", "sqlalchemy", "cryptography")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def trained(veneer: Veneer, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), *(("adapters", v) for v in ("list", "show", "export", "import"))])
+@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), *(("adapters", v) for v in ADAPTER_VERBS)])
 def test_help_answers(verb: tuple[str, ...]) -> None:
     """What a command does is one flag away."""
     done = subprocess.run([sys.executable, "-m", "veneer", *verb, "--help"], capture_output=True, text=True)
@@ -60,7 +65,8 @@ def test_no_verb_shows_the_help(veneer: Veneer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("heavy", HEAVY)
 def test_help_is_light(heavy: str) -> None:
     """Help that waits for torch is help that nobody asks for."""
-    assert [v for v in ((), ("train",), ("sample",), ("adapters",)) if heavy in sys_modules_after(*v, "--help")] == []
+    verbs = ((), ("train",), ("sample",), ("adapters",), ("adapters", "promote"))
+    assert [v for v in verbs if heavy in sys_modules_after(*v, "--help")] == []
 
 
 _LOADED: dict[tuple[str, ...], set[str]] = {}
@@ -114,7 +120,7 @@ def test_quickstart_json(veneer: Veneer, tmp_path: Path) -> None:
     d = result.document
     assert (d["rank"], d["steps"], d["base_unchanged"], d["off_repeats_base"]) == (1, 2, True, True)
     assert len(d["toggle"]) == 5
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "runs"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "keys", "runs"]
 
 
 def test_runs_and_adapters_json(veneer: Veneer, trained: tuple[Path, Result]) -> None:
@@ -124,10 +130,15 @@ def test_runs_and_adapters_json(veneer: Veneer, trained: tuple[Path, Result]) ->
     assert (run["name"], run["steps"], run["of"], run["done"], run["adapter"]) == ("small", 6, 6, True, "small@1")
     (adapter,) = veneer(home, "adapters", "list", "--json").document
     shown = veneer(home, "adapters", "show", "small@1", "--json").document
-    assert adapter == {**shown, "reference": "small@1"}
+    assert adapter.items() <= shown.items()
+    assert (adapter["reference"], adapter["stage"], adapter["rank"], adapter["trusted"]) == ("small@1", "rl", 1, True)
     assert shown["digest"] == result.document["adapter_digest"]
     assert shown["lora"]["rank"] == 1
     assert len(shown["tokenizer_digest"]) == len(shown["template_digest"]) == 64
+    (score,) = adapter["scores"]
+    rate = result.document["reward_after"]
+    assert (score["env"], score["problems"], score["seed"]) == (result.document["env"], rate["trials"], 0)
+    assert (score["value"], score["low"], score["high"]) == (rate["value"], rate["low"], rate["high"])
 
 
 def test_empty_home(veneer: Veneer, tmp_path: Path) -> None:
@@ -152,17 +163,23 @@ def test_sample_json(veneer: Veneer, trained: tuple[Path, Result]) -> None:
     assert on.document["base_digest"] == off.document["base_digest"] == result.document["base_digest_after"]
     for completion in on.document["completions"] + off.document["completions"]:
         assert len(completion["tokens"]) == len(completion["logprobs"]) <= 8
-    by_folder = veneer(home, *asked, "--adapter", home / "adapters/small/1")
-    assert by_folder.document == on.document
+    for same in (Registry(home).resolve("small").folder, "small@1", f"sha256:{result.document['adapter_digest'][:12]}"):
+        assert veneer(home, *asked, "--adapter", same).document == on.document
 
 
-def test_eval_json(veneer: Veneer, trained: tuple[Path, Result]) -> None:
-    """A score is a rate with its interval."""
+def test_eval_json(veneer: Veneer, trained: tuple[Path, Result], tmp_path: Path) -> None:
+    """A score is a rate with its interval, and an adapter's is kept."""
     home, _ = trained
-    for adapter in ((), ("--adapter", "small@1")):
-        d = veneer(home, "eval", "--env", "sort", "--problems", 6, "--max-tokens", 12, "--json", *adapter).document
+    home = shutil.copytree(home, tmp_path / "home")
+    for adapter in ((), ("--adapter", "small")):
+        d = veneer(home, "eval", "--env", "sort", "--problems", 6, "--max-tokens", 12, "--seed", 5, "--json", *adapter).document
         assert d["solved"]["trials"] == 6
         assert d["solved"]["low"] <= d["solved"]["value"] <= d["solved"]["high"]
+    assert d["adapter"] == "small@1"
+    kept = veneer(home, "adapters", "show", "small", "--json").document["scores"]
+    assert len(kept) == 2
+    assert (kept[1]["env"], kept[1]["problems"], kept[1]["seed"], kept[1]["settings"]["max_tokens"]) == ("sort", 6, 5, 12)
+    assert [kept[1][key] for key in ("value", "low", "high")] == [d["solved"][key] for key in ("value", "low", "high")]
 
 
 def test_export_and_import_json(veneer: Veneer, trained: tuple[Path, Result], tmp_path: Path) -> None:
@@ -171,7 +188,12 @@ def test_export_and_import_json(veneer: Veneer, trained: tuple[Path, Result], tm
     out = veneer(home, "adapters", "export", "small", tmp_path / "out", "--json")
     assert (out.code, out.document["folder"]) == (0, str(tmp_path / "out"))
     imported = veneer(tmp_path / "other", "adapters", "import", tmp_path / "out", "--name", "moved", "--json")
-    assert imported.document == {"adapter": "moved@1", "digest": result.document["adapter_digest"]}
+    signed_by = Registry(home).keys.own()
+    unsigned = {"signed_by": None, "trusted": False}
+    assert imported.document == {"adapter": "moved@1", "digest": result.document["adapter_digest"], **unsigned}
+    shown = veneer(tmp_path / "other", "adapters", "show", "moved", "--json").document
+    assert shown["parents"] == [{"reference": "small@1", "digest": result.document["adapter_digest"], "scale": 1.0}]
+    assert shown["imported_from"] == {"folder": "out", "signed_by": signed_by, "stage": "rl", "parents": []}
     sampled = veneer(tmp_path / "other", "sample", "hi", "--adapter", "moved", "--max-tokens", 2, "--json")
     assert sampled.document["adapter"]["digest"] == result.document["adapter_digest"]
 
@@ -257,6 +279,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("sample hi --adapter nobody", "nobody"),
     ("sample hi --adapter ../../etc", "../../etc"),
     ("sample hi --adapter small@7", "small"),
+    ("sample hi --adapter sha256:zz", "no digest"),
     ("sample hi --base /nowhere", "/nowhere"),
     ("sample hi --temperature -1", "temperature"),
     ("sample hi --temperature nan", "temperature"),
@@ -270,6 +293,21 @@ MISTAKES: list[tuple[str, str]] = [
     ("adapters import nowhere --name x", "nowhere"),
     ("adapters import empty --name x", "empty"),
     ("adapters import empty --name ../x", "no adapter name"),
+    ("adapters lineage nobody", "nobody"),
+    ("adapters verify nobody", "nobody"),
+    ("adapters fork nobody x", "nobody"),
+    ("adapters stack x", "ADAPTERS"),
+    ("adapters stack x nobody", "nobody"),
+    ("adapters stack x nobody:much", "no scale"),
+    ("adapters promote nobody", "which version"),
+    ("adapters promote nobody@1", "nobody"),
+    ("adapters promote ../x@1", "../x@1"),
+    ("adapters rollback nobody", "no label 'live'"),
+    ("adapters rollback ../x", "no adapter name"),
+    ("adapters forget nobody", "nobody"),
+    ("adapters forget ./empty", "no Veneer adapter"),
+    ("adapters trust nonsense", "no Ed25519 public key"),
+    ("adapters trust --remove", "need a KEY"),
     ("adapters frobnicate", "frobnicate"),
     ("frobnicate", "frobnicate"),
     ("runs --colour", "--colour"),
@@ -320,15 +358,28 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def unsigned(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A change that no signature tells of."""
+
+    def both(folder: Path) -> None:
+        (folder / "veneer.sig").unlink()
+        change(folder)
+
+    return both
+
+
 BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
-    ("flipped bit", lambda f: flip(f / "adapter_model.safetensors"), "digest"),
-    ("cut off", lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 20), "damaged"),
-    ("no weights", lambda f: (f / "adapter_model.safetensors").unlink(), "damaged"),
-    ("no manifest", lambda f: (f / "veneer.json").unlink(), "adapters import"),
-    ("empty manifest", lambda f: (f / "veneer.json").write_text(""), "damaged"),
-    ("other tokenizer", lambda f: edit_manifest(f, tokenizer_digest="0" * 64), "another tokenizer"),
-    ("other template", lambda f: edit_manifest(f, template_digest="0" * 64), "another chat template"),
-    ("other base", lambda f: edit_manifest(f, base_digest="0" * 64), "was made for base"),
+    ("flipped bit", unsigned(lambda f: flip(f / "adapter_model.safetensors")), "digest"),
+    ("cut off", unsigned(lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 20)), "damaged"),
+    ("no weights", unsigned(lambda f: (f / "adapter_model.safetensors").unlink()), "damaged"),
+    ("no manifest", unsigned(lambda f: (f / "veneer.json").unlink()), "adapters import"),
+    ("empty manifest", unsigned(lambda f: (f / "veneer.json").write_text("")), "damaged"),
+    ("other tokenizer", unsigned(lambda f: edit_manifest(f, tokenizer_digest="0" * 64)), "another tokenizer"),
+    ("other template", unsigned(lambda f: edit_manifest(f, template_digest="0" * 64)), "another chat template"),
+    ("other base", unsigned(lambda f: edit_manifest(f, base_digest="0" * 64)), "was made for base"),
+    ("signed, then flipped", lambda f: flip(f / "adapter_model.safetensors"), "adapter_model.safetensors was changed"),
+    ("signed, then another base", lambda f: edit_manifest(f, base_digest="0" * 64), "veneer.json was changed"),
+    ("signed, then one file more", lambda f: (f / "more.py").write_text(""), "more.py was added"),
 ]
 
 
@@ -339,7 +390,7 @@ def test_broken_adapters(
 ) -> None:
     """What was made for something else, or damaged on the way, does not answer."""
     folder = tmp_path / "adapter"
-    shutil.copytree(trained[0] / "adapters/small/1", folder)
+    shutil.copytree(Registry(trained[0]).resolve("small").folder, folder)
     break_it(folder)
     if words == "adapters import" and command.startswith("adapters"):
         return  # without its manifest it is a PEFT folder like any other

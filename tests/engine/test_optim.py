@@ -10,23 +10,29 @@ import pytest
 import torch
 from engine_tools import (
     FREE,
+    POISON,
     add_random_adapter,
+    break_passes,
+    clean,
     count_passes,
     datum,
     full_engine,
     gradients,
     logits_of,
     lora_engine,
+    poisoned,
     prompt,
     relative_error,
     row_bytes,
+    scrambled,
     slot_of,
     target_logprobs,
 )
+from test_guards import dead_end_engine, sampled
 
 from conftest import random_model
 from veneer.engine.rows import Rows
-from veneer.types import AdamParams, Datum, LoraConfig, RequestError, RunError
+from veneer.types import AdamParams, AttestationError, Datum, LoraConfig, RequestError, RunError
 
 X = LoraConfig(rank=4, alpha=8)
 
@@ -84,22 +90,128 @@ def test_first_step_by_hand() -> None:
     torch.testing.assert_close(rows.training[slot], torch.tensor([0.95 - 0.1, 0.95 + 0.1]))
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_gradient_that_is_not_finite_is_refused(poison: float) -> None:
+@pytest.mark.parametrize("huge", [3e38, -3e38])
+def test_gradient_that_is_not_finite_is_refused(huge: float) -> None:
     """A NaN in the weights ends a run for good; the last good weights must survive, and training can go on."""
     engine = lora_engine()
     add_random_adapter(engine, "x", X, seed=1)
     engine.forward_backward("x", [datum(9)], "cross_entropy")
     engine.optim_step("x", AdamParams(1e-2)).result()
     before = row_bytes(engine, "x")
-    bad = dataclasses.replace(datum(9), advantages=np.full(9, poison, np.float32))
+    bad = dataclasses.replace(datum(9), advantages=np.full(9, huge, np.float32))
     engine.forward_backward("x", [bad], "importance_sampling").result()
-    with pytest.raises(RunError, match="finite"):
+    with pytest.raises(RequestError, match="finite"):
         engine.optim_step("x", AdamParams(1e-2)).result()
     assert row_bytes(engine, "x") == before
     engine.forward_backward("x", [datum(9)], "cross_entropy")
     assert engine.optim_step("x", AdamParams(1e-2)).result()["version"] == 2
     assert torch.isfinite(engine._stack.rows.training).all()
+
+
+@pytest.mark.parametrize("size", [1e20, 1e25])
+def test_moments_that_overflow_are_refused(size: float) -> None:
+    """Squares overflow long before gradients do; a second moment of infinity would stop the adapter for good without a word."""
+    rows, slot = rows_with(torch.ones(3))
+    rows.grads[slot, 1] = size
+    (refused,) = rows.adam([slot], [AdamParams(beta2=0.5)])
+    assert isinstance(refused, RequestError)
+    assert torch.equal(rows.training[slot], torch.ones(3))
+    assert not any(t[slot].any() for t in (rows.m, rows.v, rows.grads))
+    assert rows.steps[slot] == 0
+
+
+def test_weights_up_to_the_limit_are_welcome() -> None:
+    """The limit is the one in the message."""
+    rows, slot = rows_with(torch.ones(2))
+    for rate, fine in ((9.9e5, True), (1.1e6, False)):
+        rows.training[slot] = 1
+        rows.grads[slot, 0] = 1
+        (found,) = rows.adam([slot], [AdamParams(beta1=0.0, learning_rate=rate)])
+        assert (found == 1.0) if fine else "1e+06" in str(found)
+
+
+# ---------------------------------------------------------------- steps without a gradient
+
+
+def test_a_step_without_a_gradient_is_torch_adamw_on_zeros() -> None:
+    """Momentum carries on, moments decay, weights decay: as torch does it, also on an adapter that never trained."""
+    engine = lora_engine()
+    add_random_adapter(engine, "x", X, seed=1)
+    settings = AdamParams(1e-2, 0.9, 0.95, 1e-8, 0.1)
+    weights = {key: torch.from_numpy(array.copy()) for key, array in engine.save_state("x").result().weights.items()}
+    optimizer = torch.optim.AdamW(list(weights.values()), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for turn in range(5):
+        for tensor in weights.values():
+            tensor.grad = torch.zeros_like(tensor)
+        if turn == 2:
+            engine.forward_backward("x", [datum(30)], "cross_entropy").result()
+            for key, gradient in gradients(engine, "x").items():
+                weights[key].grad = gradient
+        norm = engine.optim_step("x", settings, need_gradient=False).result()
+        assert (norm["grad_norm"] > 0) == (turn == 2)
+        assert norm["version"] == turn + 1
+        optimizer.step()
+        state = engine.save_state("x").result()
+        for key, wanted in weights.items():
+            np.testing.assert_allclose(state.weights[key], wanted.numpy(), rtol=1e-6, atol=1e-7, err_msg=key)
+        assert state.optimizer["step"] == turn + 1
+
+
+def test_a_failed_gradient_is_not_stepped_over() -> None:
+    """Whoever asks for a pass and a step in one go, and whose pass fails, must not get a step of momentum alone."""
+    engine = lora_engine()
+    add_random_adapter(engine, "x", X, seed=1)
+    break_passes(engine, poisoned)
+    row = clean(20)
+    row.tokens[3] = POISON
+    passed, stepped = (
+        engine.forward_backward("x", [row], "cross_entropy"),
+        engine.optim_step("x", AdamParams(), need_gradient=False),
+    )
+    with pytest.raises(RunError, match="forward_backward failed"):
+        stepped.result()
+    with pytest.raises(ValueError, match="choked"):
+        passed.result()
+    assert engine.optim_step("x", AdamParams(), need_gradient=False).result()["version"] == 1
+    engine.forward_backward("x", [row], "cross_entropy")
+    engine.forward_backward("x", [clean(20)], "cross_entropy")
+    engine.step()
+    with pytest.raises(RunError, match="forward_backward failed"):
+        engine.optim_step("x", AdamParams(), need_gradient=False).result()
+
+
+def test_a_gradient_that_a_roll_back_forbade_is_not_stepped_over() -> None:
+    """The weights that were just loaded must not move because a batch of the old ones came too late."""
+    engine = lora_engine()
+    add_random_adapter(engine, "x", X, seed=1)
+    row, state = sampled(engine, "x"), scrambled(engine.save_state("x").result(), seed=3)
+    futures = [
+        engine.load_state("x", state),
+        engine.forward_backward("x", [row], "ppo"),
+        engine.optim_step("x", AdamParams(weight_decay=1.0), need_gradient=False),
+    ]
+    futures[0].result()
+    for future, error in zip(futures[1:], (AttestationError, RunError), strict=True):
+        with pytest.raises(error):
+            future.result()
+    assert engine.save_state("x").result().adapter.version == 0
+    for name, wanted in state.weights.items():
+        assert np.array_equal(engine.save_state("x").result().weights[name], wanted)
+
+
+def test_advantages_that_are_all_zero_are_no_half_trained_adapter() -> None:
+    """A first batch without bits is bad luck; the check waits for the first one that has some."""
+    engine = dead_end_engine()
+    engine.create_adapter("whole", dataclasses.replace(X, target_modules=("q_proj", "up_proj")))
+    engine.create_adapter("half", X)
+    flat = dataclasses.replace(datum(40), advantages=np.zeros(40, np.float32))
+    for name in ("whole", "half"):
+        engine.forward_backward(name, [flat], "importance_sampling").result()
+        assert engine.optim_step(name, AdamParams()).result() == {"grad_norm": 0.0, "version": 1.0}
+        engine.forward_backward(name, [datum(40)], "importance_sampling").result()
+    assert engine.optim_step("whole", AdamParams()).result()["version"] == 2
+    with pytest.raises(AttestationError, match="dead_end"):
+        engine.optim_step("half", AdamParams()).result()
 
 
 def test_step_without_a_gradient_is_an_error() -> None:

@@ -182,7 +182,7 @@ def test_bad_data_are_refused_when_asked() -> None:
                 engine.forward_backward("x", [row, dataclasses.replace(row, **{field: array})], "cross_entropy")
     with pytest.raises(DataError, match="129 tokens"):
         engine.forward("x", [datum(129)], "cross_entropy")
-    with pytest.raises(DataError, match="one length"):
+    with pytest.raises(DataError, match="one shape"):
         dataclasses.replace(row, mask=np.ones(4, np.float32))
     assert good.result().metrics["tokens:sum"] == 6
     assert engine.step() == 0

@@ -7,13 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from training_helpers import config_of, engine_of, open_session, run_session
+from training_helpers import config_of, open_session, run_session
 
-from veneer.train import rl
-from veneer.types import Adapter, AttestationError, RequestError, RunError
+from veneer.types import RequestError, RunError
 
 STEP_KEYS = {
     *("step", "episodes", "failed", "truncated", "reward/total", "by_group/frac_mixed", "by_group/frac_all_good", "by_group/frac_all_bad"),
@@ -146,116 +143,3 @@ def test_a_failing_share_is_judged_at_each_step(tmp_path: Path) -> None:
     run_session(open_session(config_of(tmp_path, "raise", rl={"steps": 1}, env={"max_failed_share": 0.25}), tmp_path / "bears"))
     with pytest.raises(RunError, match="rollouts failed"):
         run_session(open_session(config_of(tmp_path, "raise", rl={"steps": 1}, env={"max_failed_share": 0.2}), tmp_path / "ends"))
-
-
-# ---------------------------------------------------------------- fault injection: nothing is trained, or not what was sampled
-
-
-def test_learning_rate_zero_is_caught(tmp_path: Path) -> None:
-    """A run that trains nothing fails at once."""
-    session = open_session(config_of(tmp_path, rl={"learning_rate": 0.0, "steps": 5}), tmp_path / "run")
-    with pytest.raises(AttestationError, match="learning rate is 0"):
-        run_session(session)
-    assert [m["step"] for m in session.run.metrics()] == [0]
-
-
-def test_stale_weights_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(a) Publishing does nothing: the sampler goes on with the first weights."""
-    session = open_session(config_of(tmp_path, rl={"steps": 3}), tmp_path / "run")
-    publish = type(engine_of(session)._stack.rows).publish
-    calls = []
-
-    def only_once(rows: Any, slot: int) -> None:
-        calls.append(slot)
-        if len(calls) <= 2:  # its creation, and the first call of the loop
-            publish(rows, slot)
-
-    monkeypatch.setattr(type(engine_of(session)._stack.rows), "publish", only_once)
-    with pytest.raises(AttestationError, match="changed nothing that is sampled"):
-        run_session(session)
-
-
-def test_weights_stale_behind_a_true_digest_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(a) The published digest is right, yet the sampler's copy is put back to the old weights."""
-    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
-    engine = engine_of(session)
-    true_publish = engine._publish
-
-    def publish_and_put_back(name: str) -> Adapter:
-        row = engine._stack.rows.published[engine._slot(name).slot]
-        old = row.clone()
-        adapter = true_publish(name)
-        if old.any():
-            row.copy_(old)
-        return adapter
-
-    monkeypatch.setattr(engine, "_publish", publish_and_put_back)
-    with pytest.raises(AttestationError, match="do not run the same weights"):
-        run_session(session)
-    assert [m["step"] for m in session.run.metrics()] == [0, 1]
-
-
-def test_a_sampler_that_ignores_the_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(b) The adapter is loaded, named and never applied: the commonest silent failure of LoRA servers."""
-    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
-    stack = engine_of(session)._stack
-    monkeypatch.setattr(stack.thin, "slots", lambda segments, counts: np.full(sum(counts), -1))
-    with pytest.raises(AttestationError, match="do not run the same weights"):
-        run_session(session)
-    assert [m["step"] for m in session.run.metrics()] == [0, 1]
-
-
-def test_a_client_that_forgets_the_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(b) Requests go to the base: the samples say so, and are not what is to be trained."""
-    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
-    engine = engine_of(session)
-    sample = engine.sample
-    monkeypatch.setattr(engine, "sample", lambda prompt, adapter, params, n=1: sample(prompt, None, params, n))
-    with pytest.raises(AttestationError):
-        run_session(session)
-    assert len(session.run.metrics()) <= 2
-
-
-def test_an_adapter_changed_behind_the_loop_is_caught(tmp_path: Path) -> None:
-    """Training weights that move without an optimizer step are not those that were sampled."""
-    session = open_session(config_of(tmp_path, rl={"steps": 4}), tmp_path / "run")
-    rows = engine_of(session)._stack.rows
-
-    def disturb(metrics: dict[str, Any]) -> None:
-        if metrics["step"] == 1:
-            engine_of(session)._stack.rows.training.mul_(1.5)
-
-    session.on_step = disturb
-    with pytest.raises(AttestationError, match="do not run the same weights"):
-        run_session(session)
-    assert rows is not None
-
-
-def test_a_base_changed_in_place_is_caught(tmp_path: Path) -> None:
-    """(c) The base is bit for bit the same after a run, or the run has failed."""
-    session = open_session(config_of(tmp_path), tmp_path / "run")
-
-    def disturb(metrics: dict[str, Any]) -> None:
-        if metrics["step"] == 1:
-            with torch.no_grad():
-                next(engine_of(session).base.model.parameters())[0, 0] += 1e-3
-
-    session.on_step = disturb
-    with pytest.raises(AttestationError, match="the base changed"):
-        run_session(session)
-
-
-def test_samples_of_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rollouts of another adapter must not be trained on, whatever their log-probabilities."""
-    session = open_session(config_of(tmp_path), tmp_path / "run")
-    to_data = rl.trajectory_to_data
-
-    def forged(trajectory: Any, advantage: float) -> list[Any]:
-        data = to_data(trajectory, advantage)
-        for datum in data:
-            object.__setattr__(datum.adapter, "digest", "0" * 64)
-        return data
-
-    monkeypatch.setattr(rl, "trajectory_to_data", forged)
-    with pytest.raises(AttestationError, match="these samples come from"):
-        run_session(session)

@@ -7,23 +7,28 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
+from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.render import Renderer
-from veneer.store.adapters import read_adapter, read_manifest
+from veneer.store.adapters import ALORA, read_manifest
+from veneer.store.entry import Entry, Score, check_compatible, now
 from veneer.store.files import veneer_home
-from veneer.store.registry import Registry
+from veneer.store.registry import Registry, is_path
 from veneer.store.run import REPORT, SUMMARY, Run
 from veneer.train import rl, sft
-from veneer.train.config import LoraSettings, RunConfig
+from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_config
 from veneer.train.report import render_report
-from veneer.train.session import Session, check_made_for, stop_signals
-from veneer.types import AdapterError, Checkpoint, EnvDataset
+from veneer.train.session import Session, stop_signals
+from veneer.types import AdapterError, Checkpoint, EnvDataset, Tokens
 
 PATIENCE = 600.0
 """Seconds that a pass through the base may take."""
@@ -41,21 +46,37 @@ class Machine:
 
         Raises:
             AdapterError: it is missing, damaged, or made for another base, tokenizer or template.
+            AttestationError: it does not do here what it did where it was saved.
         """
         checkpoint = self.read(reference)
         name = checkpoint.adapter.name
         self.engine.load_state(name, checkpoint).result()
+        check_loaded(self.engine, name, checkpoint, self.canary)
         return name
 
+    @property
+    def canary(self) -> Tokens:
+        """The row of tokens that a fresh record is made of."""
+        return canary_tokens(self.renderer.vocab_size)
+
     def read(self, reference: str) -> Checkpoint:
-        checkpoint, manifest = read_adapter(Registry().find(reference))
-        check_made_for(manifest, self.renderer, f"adapter {reference!r}")
-        if checkpoint.adapter.base_digest != self.engine.base_digest:
-            raise AdapterError(
-                f"adapter {reference!r} was made for base {checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]}); "
-                f"this one is {self.engine.base_id!r} ({self.engine.base_digest[:12]})"
-            )
+        checkpoint, entry = Registry().read(reference)
+        self.check(entry, f"adapter {reference!r}")
+        if read_manifest(entry.folder).get(ALORA):
+            raise AdapterError(f"adapter {reference!r} acts from its invocation tokens on ({ALORA}); it cannot be put on a whole context")
         return checkpoint
+
+    def check(self, made: Entry | Mapping[str, Any], what: str) -> None:
+        """Raises:
+        AdapterError: it was made for another base, tokenizer or template.
+        """
+        mine = (self.engine.base_digest, self.renderer.tokenizer_digest, self.renderer.template_digest)
+        check_compatible(made, *mine, what=what)
+
+    def has_weight(self, name: str, array: NDArray[np.float32]) -> bool:
+        """Whether the base has a parameter of this name with these very numbers."""
+        found = dict(self.engine.base.model.named_parameters(remove_duplicate=False)).get(name)
+        return found is not None and np.array_equal(found.detach().float().cpu().numpy(), array)
 
 
 def start(base: str, threads: int, weights: str = "lora", device: str = "auto", *, gradient_checkpointing: bool = False) -> Machine:
@@ -73,9 +94,36 @@ def start(base: str, threads: int, weights: str = "lora", device: str = "auto", 
 
 def start_for(adapter: str | None, base: str, threads: int, device: str) -> tuple[Machine, str | None]:
     """Load a base and, if one is named, an adapter, on the kind of engine that it was trained on. Returns the adapter's name there."""
-    manifest = {} if adapter is None else read_manifest(Registry().find(adapter))
-    machine = start(base, threads, "full" if manifest and manifest.get("lora") is None else "lora", device)
+    full = adapter is not None and Registry().resolve(adapter).rank is None
+    machine = start(base, threads, "full" if full else "lora", device)
     return machine, None if adapter is None else machine.load(adapter)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where an adapter was trained: an environment, its arguments, and the limit of one turn there."""
+
+    env: EnvSettings
+    max_tokens: int
+
+    def dataset(self) -> EnvDataset:
+        return load_env(self.env.name, self.env.args)
+
+
+def home_of(reference: str, env: str | None = None, env_args: Sequence[str] = (), max_tokens: int | None = None) -> Home | None:
+    """As an adapter's manifest says it, each part replaced by what is given; None: it was trained in no environment, and none is given.
+
+    Raises:
+        AdapterError, ConfigError: there is no such adapter, or the arguments cannot be read.
+    """
+    manifest = read_manifest(Registry().resolve(reference).folder)
+    scores = manifest.get("scores") or []
+    settings = scores[0]["settings"] if scores and env in (None, manifest.get("env")) else {}
+    name = env or manifest.get("env")
+    if not name:
+        return None
+    chosen = make_config({"env": {"name": name, "args": settings.get("args", {})}}, [f"env.args.{argument}" for argument in env_args])
+    return Home(chosen.env, max_tokens or settings.get("max_tokens", chosen.rl.max_tokens))
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -83,10 +131,8 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def pinned(reference: str) -> str:
-    """An adapter reference that goes on meaning the same weights: NAME becomes NAME@VERSION."""
-    if not reference or "/" in reference or "@" in reference:
-        return reference
-    return f"{reference}@{Registry().find(reference).name}"
+    """An adapter reference that goes on meaning the same weights: NAME and NAME@LABEL become NAME@VERSION."""
+    return reference if not reference or is_path(reference) else Registry().resolve(reference).reference
 
 
 def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> tuple[dict[str, Any], Machine, Run]:
@@ -94,8 +140,8 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
     started = time.perf_counter()
     dataset = load_env(config.env.name, config.env.args) if config.kind == "rl" else None
     machine = start(config.base, config.threads, config.weights, config.device, gradient_checkpointing=config.gradient_checkpointing)
-    init = machine.read(config.init) if config.init else None
     config = config.model_copy(update={"device": machine.engine.base.device.type, "init": pinned(config.init)})
+    init = machine.read(config.init) if config.init else None
     if init is not None and init.config is not None:  # the adapter brings its own shape
         shape = {key: value for key, value in dataclasses.asdict(init.config).items() if key != "seed"}
         config = config.model_copy(update={"lora": LoraSettings(**shape)})
@@ -106,9 +152,9 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
         earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
         with stop_signals(session.stop):
             summary = asyncio.run(_loop(session, dataset))
-        checkpoint = machine.engine.save_state(session.adapter, "sampler").result()
-        scores = {key: summary[key] for key in ("reward_before", "reward_after") if key in summary}
-        version = Registry().put(session.adapter, checkpoint, dict(session.facts(scores=scores)))
+        saved = machine.engine.save_state(session.adapter, "sampler").result()
+        checkpoint = with_canary(machine.engine, session.adapter, saved, session.canary)
+        version = Registry().put(session.adapter, checkpoint, session.facts(**_scores(config, summary)))
         summary |= {
             "run_folder": str(run.folder),
             "adapter": f"{session.adapter}@{version}",
@@ -125,6 +171,20 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
         return summary, machine, run
     finally:
         run.close()
+
+
+def _scores(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run measured of its adapter, and of what it began from, for the manifest."""
+    if "reward_after" not in summary:
+        return {}
+    settings = {"args": config.env.args, "max_tokens": config.rl.max_tokens}
+    before, after = (score_of(summary["env"], summary[key], config.seed, settings) for key in ("reward_before", "reward_after"))
+    return {"scores": [dataclasses.asdict(after)], "score_before": dataclasses.asdict(before)}
+
+
+def score_of(env: str, rate: Mapping[str, Any], seed: int, settings: Mapping[str, Any]) -> Score:
+    """A rate (value, low, high, trials) as the registry keeps it."""
+    return Score(env, rate["value"], rate["low"], rate["high"], rate["trials"], seed, now(), settings)
 
 
 async def _loop(session: Session, dataset: EnvDataset | None) -> dict[str, Any]:

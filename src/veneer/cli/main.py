@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -10,22 +9,16 @@ from typing import Any
 
 import click
 
-VERBS = ("quickstart", "train", "eval", "sample", "runs", "adapters")
+from veneer.cli.lazy import LazyGroup
+
+VERBS = ("quickstart", "train", "eval", "sample", "serve", "keys", "runs", "adapters")
 
 
-class LazyGroup(click.Group):
-    """Imports a verb's module when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        return importlib.import_module(f"veneer.cli.{cmd_name}").command
+class Veneer(LazyGroup):
+    elsewhere = VERBS
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(cls=Veneer, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="veneer")
 def veneer() -> None:
     """Reinforcement learning with thin adapters on one frozen base."""

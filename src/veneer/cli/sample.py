@@ -9,7 +9,7 @@ from veneer.cli.output import emit, json_option
 
 @click.command("sample", short_help="Ask the base, or the base with an adapter.")
 @click.argument("prompt")
-@click.option("--adapter", help="NAME, NAME@VERSION or a folder. Without it the base answers.")
+@click.option("--adapter", help="NAME, NAME@VERSION, NAME@LABEL or a folder. Without it the base answers.")
 @click.option("--base", default="nano", show_default=True, help="A Hugging Face name, a folder, or nano.")
 @click.option("-n", "count", type=click.IntRange(1), default=1, show_default=True, help="Completions.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)

@@ -200,6 +200,16 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BaseError(f"device {device!r}: there is no CUDA device here; use cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    model, tokenizer = read_model(name)
+    return Base(Path(name).name if Path(resolve_base(name)).is_dir() else name, model, tokenizer, dtype).to(device)
+
+
+def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer as they are on the disk, in the dtype that they are stored in, on the CPU.
+
+    Raises:
+        BaseError: it cannot be found or read, or is not a causal language model.
+    """
     source = resolve_base(name)
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise BaseError(f"base {name!r}: there is no such folder")
@@ -219,4 +229,4 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
             f"base {name!r} cannot be loaded ({in_one_line(error)}); give a Hugging Face name or a folder with "
             f"config.json, *.safetensors and a tokenizer"
         ) from error
-    return Base(Path(name).name if Path(source).is_dir() else name, model, tokenizer, dtype).to(device)
+    return model, tokenizer

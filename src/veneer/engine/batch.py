@@ -1,9 +1,9 @@
-"""The running completions, and what the device knows of them between two steps."""
+"""What the device knows of the running completions between two steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -11,70 +11,15 @@ import torch
 from torch import Tensor
 
 from veneer.engine.base import Base
-from veneer.engine.cache import Bank, BankRows, Shared, SharingRows
+from veneer.engine.cache import BankRows, SharingRows
 from veneer.engine.draws import Chooser, uniforms
 from veneer.engine.flat import TILE, Segment, runs
-from veneer.types import Floats, SamplingParams, Tokens
+from veneer.engine.request import Completion
 
 DRAWS = 32
 """Steps whose random numbers are made in one go."""
 SLACK = 1.25
 """A line may be this much longer than its rows if that gives every adapter the same number of them."""
-
-
-@dataclass(eq=False)
-class SampleRequest:
-    prompt: Tokens
-    slot: int | None
-    """Bound by the engine when the request's turn comes."""
-    params: SamplingParams
-    n: int
-    prompt_logprobs: bool = False
-    cancelled: bool = False
-    answered: bool = False
-    """It is done and the engine knows; ended rows may still be in the batch."""
-    waiting: int = 0
-    """Completions that have not started."""
-    scores: Floats | None = None
-    """[len(prompt)] if asked for."""
-    rows: list[Completion] = field(default_factory=list["Completion"], repr=False)
-
-    @property
-    def done(self) -> bool:
-        return self.waiting == 0 and all(row.stop_reason is not None for row in self.rows)
-
-
-@dataclass(eq=False)
-class Completion:
-    """A row while it grows."""
-
-    request: SampleRequest
-    budget: int
-    key: int
-    stop_tokens: frozenset[int]
-    tokens: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-    stop_reason: str | None = None
-    bank: Bank | None = None
-    place: int = 0
-    """Its slot in the bank."""
-    shared: Shared | None = None
-    """Where the keys of its prompt are, if not in the bank."""
-
-    @property
-    def ended(self) -> bool:
-        return self.stop_reason is not None or self.request.cancelled
-
-    @property
-    def position(self) -> int:
-        """Of its newest token, which the next step reads."""
-        return len(self.request.prompt) + len(self.tokens) - 1
-
-    @property
-    def left(self) -> int:
-        """Positions that its slot still has room for."""
-        assert self.bank is not None
-        return self.bank.capacity - self.position + (0 if self.shared is None else self.shared.length)
 
 
 @dataclass
@@ -109,13 +54,13 @@ class Batch:
         def column(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
-        segments = runs(Segment(row.request.slot, 1, 1) for row in rows)
+        segments = runs(Segment(row.acting.slot, 1, 1) for row in rows)
         width = max([TILE, *(s.tokens for s in segments)])
         if len(segments) * width <= SLACK * len(rows) and stackable([s.slot for s in segments]):
             segments = [Segment(s.slot, width, s.wanted) for s in segments]
         starts = accumulate((s.tokens for s in segments[:-1]), initial=0)
         taken = {s.slot: iter(range(start, start + s.tokens)) for s, start in zip(segments, starts, strict=False)}
-        places = [next(taken[row.request.slot]) for row in rows]
+        places = [next(taken[row.acting.slot]) for row in rows]
         line = max(sum(s.tokens for s in segments), TILE) if rows else 0
         at = column(places)
         counts = torch.arange(DRAWS, device=device)[:, None] + column([len(row.tokens) for row in rows])
@@ -126,7 +71,7 @@ class Batch:
             column([0] * line).index_copy_(0, at, column([row.tokens[-1] for row in rows])),
             column([0] * line).index_copy_(0, at, column([row.position for row in rows])),
             uniforms(column([row.key for row in rows]).expand(DRAWS, -1), counts),
-            Chooser([row.request.params for row in rows], device),
+            Chooser([row.request.params for row in rows], device, [row.request.top_logprobs for row in rows]),
             _homes(rows, places, device),
             min([DRAWS, *(row.left for row in rows)]),
             base.context_length - 1,

@@ -366,6 +366,17 @@ def _weigh(weights, values, y):
         t += 1
 
 
+@_loop
+def copy_positions(keys, values, places, to_keys, to_values, to, length):
+    """Keys and values [slots, kv_heads, capacity, dim] of ``length`` positions each. Places int64 [n, 2]: slot and first position."""
+    for i in range(places.shape[0]):
+        slot, first, to_slot, to_first = places[i, 0], places[i, 1], to[i, 0], to[i, 1]
+        for h in range(keys.shape[1]):
+            for t in range(length):
+                _copy(keys[slot, h, first + t], to_keys[to_slot, h, to_first + t])
+                _copy(values[slot, h, first + t], to_values[to_slot, h, to_first + t])
+
+
 # ---------------------------------------------------------------- thin adapters
 
 
@@ -508,23 +519,31 @@ def choose(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 _BLOCK = 64
 
 
+@_inner
+def _masses(row, masses, totals):
+    """e^(x - top) of a row's logits and their sums by block: the top and where it is, and the sum of all."""
+    vocab, top, best = row.shape[0], -np.inf, 0
+    for v in range(vocab):
+        if row[v] > top:
+            top, best = row[v], v
+    for b in range(totals.shape[0]):
+        piece, mass, total = row[b * _BLOCK : (b + 1) * _BLOCK], masses[b * _BLOCK : (b + 1) * _BLOCK], _zero
+        for v in range(piece.shape[0]):
+            mass[v] = _exp(piece[v] - np.float32(top))
+            total += mass[v]
+        totals[b] = total
+    total = np.float64(0)
+    for b in range(totals.shape[0]):
+        total += totals[b]
+    return top, best, total
+
+
 @_loop
 def _choose(logits, uniform, tokens, logprobs, masses, totals):
     vocab, blocks = logits.shape[1], totals.shape[0]
     for i in range(logits.shape[0]):
-        row, top, best = logits[i], -np.inf, 0
-        for v in range(vocab):
-            if row[v] > top:
-                top, best = row[v], v
-        for b in range(blocks):
-            piece, mass, total = row[b * _BLOCK : (b + 1) * _BLOCK], masses[b * _BLOCK : (b + 1) * _BLOCK], _zero
-            for v in range(piece.shape[0]):
-                mass[v] = _exp(piece[v] - np.float32(top))
-                total += mass[v]
-            totals[b] = total
-        total = np.float64(0)
-        for b in range(blocks):
-            total += totals[b]
+        row = logits[i]
+        top, best, total = _masses(row, masses, totals)
         token = best
         if uniform[i] >= 0:
             target, passed, b = uniform[i] * total, np.float64(0), 0
@@ -539,3 +558,20 @@ def _choose(logits, uniform, tokens, logprobs, masses, totals):
                         break
         tokens[i] = token
         logprobs[i] = row[token] - top - math.log(total)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probabilities of some tokens int64 [rows, k] of each row of logits [rows, vocab], as ``choose`` gives them."""
+    found, vocab = logits.new_empty(tokens.shape), logits.shape[1]
+    room = _room(vocab), _room(-(-vocab // _BLOCK))
+    _logprobs_of(logits.contiguous().numpy(), tokens.contiguous().numpy(), found.numpy(), *room)
+    return found
+
+
+@_loop
+def _logprobs_of(logits, tokens, found, masses, totals):
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        top, _, total = _masses(row, masses, totals)
+        for j in range(tokens.shape[1]):
+            found[i, j] = row[tokens[i, j]] - top - math.log(total)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,10 +62,33 @@ def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.full_like(logits, -torch.inf).scatter(1, order, ordered)
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The k likeliest tokens of the rows that asked for k, sorted."""
+
+    rows: Sequence[int]
+    tokens: np.ndarray
+    """int64 [len(rows), k]; 0 where fewer than k have any probability."""
+    logprobs: np.ndarray
+    """float32 [len(rows), k]; -inf there."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each row."""
+
+    tokens: Tensor
+    """int64 [rows]"""
+    logprobs: Tensor
+    """[rows]"""
+    likeliest: Sequence[Likeliest] = ()
+
+
 class Chooser:
     """Draws one token per row by inverting the cumulative distribution at a given uniform number."""
 
-    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device, likeliest: Sequence[int] = ()) -> None:
+        """``likeliest``: how many of the likeliest tokens each row wants to know; none by default."""
         self.tempered = any(p.temperature not in (0, 1) for p in params)
         self.truncates = any(p.top_k > 0 or p.top_p < 1 for p in params)
         self.any_greedy = any(p.temperature == 0 for p in params)
@@ -72,13 +97,22 @@ class Chooser:
         if self.truncates:
             self.top_k = torch.tensor([0 if p.temperature == 0 else p.top_k for p in params], device=device)
             self.top_p = torch.tensor([1.0 if p.temperature == 0 else p.top_p for p in params], device=device)
+        self.wanted = {k: [row for row, wants in enumerate(likeliest) if wants == k] for k in set(likeliest) - {0}}
+        """Rows by k: which of equally likely tokens are taken must not depend on what others ask for."""
 
-    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [rows, vocab], uniform [rows] -> tokens [rows], logprobs [rows]. A greedy row reports temperature 1."""
+    def shaped(self, logits: Tensor) -> Tensor:
+        """Logits [rows, vocab] of the distributions that are sampled: after temperature, top-k and top-p; a greedy row's as they are."""
         if self.temperature is not None:
             logits = logits / self.temperature
-        if self.truncates:
-            logits = truncate(logits, self.top_k, self.top_p)
+        return truncate(logits, self.top_k, self.top_p) if self.truncates else logits
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Drawn:
+        """logits [rows, vocab], uniform [rows]. What is told is of the distribution that is sampled; a greedy row's has temperature 1."""
+        shaped = self.shaped(logits)
+        return Drawn(*self(shaped, uniform), self.likeliest(shaped))
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Shaped logits [rows, vocab], uniform [rows] -> tokens [rows], logprobs [rows]."""
         if compiled.runs_on(logits):
             return compiled.choose(logits, uniform if self.greedy is None else torch.where(self.greedy[:, 0], -1.0, uniform))
         logprobs = logits.log_softmax(-1)
@@ -89,3 +123,13 @@ class Chooser:
         if self.greedy is not None:
             tokens = torch.where(self.greedy, logits.argmax(-1, keepdim=True), tokens)
         return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+    def likeliest(self, logits: Tensor) -> list[Likeliest]:
+        """Of shaped logits [rows, vocab], for the rows that want them."""
+        found: list[Likeliest] = []
+        for k, rows in self.wanted.items():
+            here = logits[rows]
+            tokens = here.topk(k).indices
+            logprobs = compiled.logprobs_of(here, tokens) if compiled.runs_on(here) else here.log_softmax(-1).gather(1, tokens)
+            found.append(Likeliest(rows, tokens.masked_fill(logprobs == -torch.inf, 0).cpu().numpy(), logprobs.cpu().numpy()))
+        return found

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from veneer.digest import digest_adapter
+from veneer.engine.arrivals import check_data
 from veneer.engine.base import Base
-from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.full import FullStack
 from veneer.engine.lanes import Lanes
 from veneer.engine.lora import LoraStack
 from veneer.engine.losses import resolve_loss
-from veneer.engine.memory import out_of_memory, total_memory
+from veneer.engine.memory import out_of_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
+from veneer.engine.request import Acting, Completion, SampleRequest, check_request
 from veneer.engine.sampler import Sampler
+from veneer.engine.scores import PromptScores, PromptWish
 from veneer.engine.trainer import Trainer, to_output
 from veneer.types import (
     AdamParams,
@@ -28,23 +30,23 @@ from veneer.types import (
     AdapterError,
     AttestationError,
     Checkpoint,
-    DataError,
     Datum,
-    Floats,
     ForwardBackwardOutput,
     LoraConfig,
     LossName,
+    Piece,
     RequestError,
     RunError,
     Sample,
     SamplingParams,
+    Switch,
     Tokens,
 )
 
 T = TypeVar("T")
 
 ENOUGH_TOKENS = 16
-"""A first step on at least this many tokens must reach every target; a row of one token has no gradient for queries and keys."""
+"""The first gradient of at least this many tokens must reach every target; a row of one token has none for queries and keys."""
 
 
 @dataclass
@@ -60,6 +62,10 @@ class _Slot:
     """version -> digest of everything that was ever published under this name."""
     pending_tokens: float = 0.0
     """Tokens whose gradient waits for the next optimizer step."""
+    dropped: bool = False
+    """The last ``forward_backward`` failed, and what was gathered went with it."""
+    reached: bool = False
+    """A gradient has reached every target, or the adapter came with steps behind it."""
 
 
 class LocalEngine:
@@ -109,16 +115,21 @@ class LocalEngine:
 
     def remove_adapter(self, name: str) -> None:
         self._forget(name)
-        gone, self._queue = [r for r in self._queue if r.adapter == name], [r for r in self._queue if r.adapter != name]
+        gone, self._queue = [r for r in self._queue if name in r.adapters], [r for r in self._queue if name not in r.adapters]
         for sample, request in list(self._sampling.items()):
-            if request.adapter == name:
+            if name in request.adapters:
                 gone.append(request)
                 self._stop_sampling(sample)
         _fail(gone, AdapterError(f"adapter {name!r} was removed before this request was answered"))
 
     def _forget(self, name: str) -> None:
         self._stack.remove(self._slot(name).slot)
-        del self._slots[name]
+        self._drop_prefixes(self._slots.pop(name).published)
+
+    def _drop_prefixes(self, adapter: Adapter | None) -> None:
+        """Nobody samples from these weights any more, or not under this name."""
+        if adapter is not None and all(slot.published is None or slot.published.digest != adapter.digest for slot in self._slots.values()):
+            self._sampler.prefixes.drop(adapter.digest)
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
@@ -132,61 +143,66 @@ class LocalEngine:
     # ------------------------------------------------ passes
 
     def sample(
-        self, prompt: Tokens, adapter: str | None, params: SamplingParams, n: int = 1, *, prompt_logprobs: bool = False
+        self,
+        prompt: Tokens,
+        adapter: str | None,
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        prompt_logprobs: bool = False,
+        top_logprobs: int = 0,
+        prompt_top_logprobs: int = 0,
+        prompt_targets: Tokens | None = None,
+        switches: Sequence[Switch] = (),
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> EngineFuture[list[Sample]]:
-        self._check_prompt(prompt, params, n)
-        self._check_known(adapter)
-        request = SampleRequest(np.ascontiguousarray(prompt, np.int64), None, params, n, prompt_logprobs)
-        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), sample=request))
+        if switches and not self._stack.mixes_slots:
+            raise RequestError("full copies of the weights take turns, so a completion cannot switch between them; use low-rank adapters")
+        switches = [replace(switch, after=tuple(switch.after)) for switch in switches]
+        targets = None if prompt_targets is None else np.array(prompt_targets, np.int64)
+        wish = PromptWish(prompt_logprobs, prompt_top_logprobs, targets)
+        request = SampleRequest(np.array(prompt, np.int64), params, n, wish, top_logprobs, on_piece, switches)
+        check_request(request, self.base)
+        later = tuple(switch.adapter for switch in switches)
+        for name in (adapter, *later):
+            self._check_known(name)
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), later, sample=request))
 
     def forward(
-        self, adapter: str | None, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str | None,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> EngineFuture[ForwardBackwardOutput]:
-        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False))
+        request = PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=False, everywhere=everywhere)
+        return self._enqueue_pass(adapter, request)
 
     def forward_backward(
-        self, adapter: str, data: Sequence[Datum], loss_fn: LossName, loss_config: Mapping[str, float] | None = None
+        self,
+        adapter: str,
+        data: Sequence[Datum],
+        loss_fn: LossName,
+        loss_config: Mapping[str, float] | None = None,
+        *,
+        everywhere: bool = False,
     ) -> EngineFuture[ForwardBackwardOutput]:
         self._check_provenance(adapter, data)
-        return self._enqueue_pass(adapter, PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True))
+        request = PassRequest(None, data, loss_fn, dict(loss_config or {}), backward=True, everywhere=everywhere)
+        return self._enqueue_pass(adapter, request)
 
     def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
         self._check_known(adapter)
         resolve_loss(request.loss_fn, request.loss_config)
-        for i, datum in enumerate(request.data):
-            if len(datum.tokens) > self.context_length:
-                raise DataError(f"datum {i} has {len(datum.tokens)} tokens; the base's context is {self.context_length}")
-            for name in ("tokens", "targets"):
-                array = getattr(datum, name)
-                if array.min() < 0 or array.max() >= self.base.vocab_size:
-                    raise DataError(f"datum {i}: {name} must be from 0 to {self.base.vocab_size - 1}")
+        check_data(request.data, request.loss_fn, self.base.vocab_size, self.context_length)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), train=request))
 
     def _check_known(self, adapter: str | None) -> None:
         """The adapter is here, or a load that will bring it is queued."""
         if adapter is not None and adapter not in self._slots and not any(request.adapter == adapter for request in self._queue):
             self._slot(adapter)
-
-    def _check_prompt(self, prompt: Tokens, params: SamplingParams, n: int) -> None:
-        if not 0 < len(prompt) < self.context_length:
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens; it must have from 1 to {self.context_length - 1}, the base's context less one"
-            )
-        if prompt.min() < 0 or prompt.max() >= self.base.vocab_size:
-            raise DataError(f"prompt tokens must be from 0 to {self.base.vocab_size - 1}")
-        length = min(len(prompt) + params.max_tokens, self.context_length)
-        need, there = self.base.cache_numbers * self.base.dtype.itemsize * length, total_memory(self.base.device)
-        if need > there:
-            raise DataError(
-                f"{length:,} tokens of prompt and completion need {need / 2**30:.1f} GiB of cache; the machine has "
-                f"{there / 2**30:.1f} GiB of memory. Lower max_tokens"
-            )
-        if params.stop and self.base.tokenizer is None:
-            raise RequestError("stop texts need the base's tokenizer, and this base was made without one; use stop_token_ids")
-        if n < 1 or params.max_tokens < 0:
-            raise RequestError("n must be at least 1 and max_tokens at least 0")
-        if not 0 <= params.temperature < math.inf or params.top_k < 0 or not 0 < params.top_p <= 1:
-            raise RequestError("temperature must be a number from 0, top_k must not be negative, and top_p must be above 0 and at most 1")
 
     def _check_provenance(self, name: str, data: Sequence[Datum]) -> None:
         """A batch may only be trained by the adapter that sampled it, in a version that this engine published."""
@@ -201,11 +217,11 @@ class LocalEngine:
 
     # ------------------------------------------------ barriers
 
-    def optim_step(self, adapter: str, params: AdamParams) -> EngineFuture[dict[str, float]]:
+    def optim_step(self, adapter: str, params: AdamParams, *, need_gradient: bool = True) -> EngineFuture[dict[str, float]]:
         numbers = (params.learning_rate, params.eps, params.weight_decay, params.grad_clip_norm)
         if not all(0 <= number < math.inf for number in numbers) or not (0 <= params.beta1 < 1 and 0 <= params.beta2 < 1):
             raise RequestError(f"{params}: every number must be finite and not negative, and both betas below 1")
-        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params))
+        return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), optim=params, need_gradient=need_gradient))
 
     def _optim_steps(self, requests: list[Request]) -> None:
         """One update over the rows of several adapters, each of which appears once."""
@@ -215,7 +231,7 @@ class LocalEngine:
             assert request.optim is not None
             try:
                 slot = self._slot(request.adapter)
-                self._check_gradient(slot)
+                self._check_gradient(slot, request.need_gradient)
                 ready.append((request, slot, request.optim))
             except (AdapterError, RunError) as error:
                 request.future.set_error(error)
@@ -224,23 +240,33 @@ class LocalEngine:
         norms = self._stack.rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, _), norm in zip(ready, norms, strict=True):
             slot.pending_tokens = 0
-            if not math.isfinite(norm):
-                request.future.set_error(
-                    RunError("the gradient is not finite; the weights were left as they were. Lower the learning rate")
-                )
+            if isinstance(norm, RequestError):
+                request.future.set_error(norm)
                 continue
             slot.version += 1
             request.future.set_result({"grad_norm": norm, "version": float(slot.version)})
 
-    def _check_gradient(self, slot: _Slot) -> None:
-        if slot.pending_tokens == 0:
+    def _check_gradient(self, slot: _Slot, need_gradient: bool) -> None:
+        dropped, slot.dropped = slot.dropped, False
+        if dropped and slot.pending_tokens == 0:
+            raise RunError("optim_step without a gradient: the last forward_backward failed; train on its data again")
+        if need_gradient and slot.pending_tokens == 0:
             raise RunError("optim_step without a gradient: no forward_backward since the last step")
-        if self._stack.rows.steps[slot.slot] == 0 and slot.pending_tokens >= ENOUGH_TOKENS:
+        if not slot.reached and slot.pending_tokens >= ENOUGH_TOKENS:
             untrained = self._stack.without_gradient(slot.slot)
             if untrained:
                 raise AttestationError(
                     f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
                 )
+            slot.reached = bool(self._stack.rows.grads[slot.slot].any())
+
+    def zero_grad(self, adapter: str) -> EngineFuture[None]:
+        return self._enqueue_barrier(adapter, lambda: self._zero_grad(adapter))
+
+    def _zero_grad(self, name: str) -> None:
+        slot = self._slot(name)
+        slot.pending_tokens = 0
+        self._stack.rows.grads[slot.slot].zero_()
 
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
         return self._enqueue_barrier(adapter, lambda: self._publish(adapter), changes_samples=True)
@@ -248,7 +274,9 @@ class LocalEngine:
     def _publish(self, name: str) -> Adapter:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
+        before = slot.published
         slot.published = self._describe(name, self._stack.rows.published)  # of what will be sampled, not of what was meant
+        self._drop_prefixes(before)
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
 
@@ -283,7 +311,7 @@ class LocalEngine:
             raise
         if name in self._slots:
             self._forget(name)
-        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version)
+        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version, reached=self._stack.rows.steps[slot] > 0)
         self._publish(name)
 
     def _fill(self, slot: int, checkpoint: Checkpoint) -> None:
@@ -321,7 +349,7 @@ class LocalEngine:
 
     def step(self) -> int:
         """Run the barriers, optimizer steps and training passes that are due, and draw up to eight tokens for every running completion."""
-        now, self._queue = plan(self._queue, {request.adapter for request in self._sampling.values()})
+        now, self._queue = plan(self._queue, {name for request in self._sampling.values() for name in request.adapters})
         self._run_barriers([r for r in now if r.sample is None and r.train is None])
         passes = [r for r in now if (r.sample is not None or r.train is not None) and self._bind(r)]
         for request in passes:
@@ -357,15 +385,18 @@ class LocalEngine:
     def _bind(self, request: Request) -> bool:
         """Look the adapter up now: a load that was queued ahead may have replaced it. False: it cannot run, and the future says why."""
         try:
-            slot = None if request.adapter is None else self._slot(request.adapter).slot
+            slots = [None if name is None else self._slot(name) for name in request.adapters]
             if request.adapter is not None and request.train is not None and request.train.backward:
                 self._check_provenance(request.adapter, request.train.data)
         except (AdapterError, AttestationError) as error:
             request.future.set_error(error)
+            if request.adapter in self._slots and request.train is not None and request.train.backward:
+                self._slots[request.adapter].dropped = True
             return False
-        for work in (request.sample, request.train):
-            if work is not None:
-                work.slot = slot
+        if request.train is not None:
+            request.train.slot = None if slots[0] is None else slots[0].slot
+        if request.sample is not None:
+            request.sample.acting = [Acting(None, None) if slot is None else Acting(slot.slot, slot.published) for slot in slots]
         return True
 
     def _run_sampler(self) -> int:
@@ -373,19 +404,50 @@ class LocalEngine:
         if self._sampler.idle:
             return 0
         done = self._sampler.step()
+        self._tell()
         for sample in done:
-            request = self._sampling.pop(sample)
-            published = None if request.adapter is None else self._slot(request.adapter).published
-            request.future.set_result([self._to_sample(row, published, sample.scores) for row in sample.rows])
+            request = self._sampling.pop(sample, None)
+            if request is None:  # given up while it was told
+                continue
+            request.future.set_result([self._to_sample(row) for row in sample.rows])
         failed, self._sampler.failed = self._sampler.failed, []
         for sample, error in failed:
-            _fail([self._sampling.pop(sample)], error)
+            request = self._sampling.pop(sample, None)
+            if request is not None:
+                _fail([request], error)
         return len(done) + len(failed)
 
-    def _to_sample(self, row: Completion, published: Adapter | None, prompt_logprobs: Floats | None) -> Sample:
-        tokens, logprobs = np.array(row.tokens, np.int64), np.array(row.logprobs, np.float32)
-        reason: Literal["stop", "length"] = "stop" if row.stop_reason == "stop" else "length"
-        return Sample(tokens, logprobs, reason, self.base_id, published, prompt_logprobs)
+    def _tell(self) -> None:
+        """Hand over what was drawn since the last time to those who listen."""
+        for sample, request in list(self._sampling.items()):
+            if sample.on_piece is None or sample.cancelled:
+                continue
+            try:
+                for piece in sample.pieces():
+                    if request.future.done():
+                        break
+                    sample.on_piece(piece)
+            except Exception as error:
+                if sample in self._sampling:
+                    self._stop_sampling(sample)
+                    request.future.set_error(error)
+
+    def _to_sample(self, row: Completion) -> Sample:
+        assert row.stop_reason is not None
+        scores = row.request.scores or PromptScores()
+        return Sample(
+            np.array(row.tokens, np.int64),
+            np.array(row.logprobs, np.float32),
+            row.stop_reason,
+            self.base_id,
+            row.request.acting[0].adapter,
+            scores.logprobs,
+            row.top_logprobs(),
+            scores.top,
+            scores.targets,
+            row.switches,
+            row.known,
+        )
 
     def _run_passes(self, requests: list[Request]) -> None:
         passes = [(r, r.train) for r in requests if r.train is not None]
@@ -401,12 +463,12 @@ class LocalEngine:
                 continue
             output = to_output(answer)
             if name is not None:
-                self._slot(name).pending_tokens += output.metrics["tokens:sum"]
+                slot = self._slot(name)
+                slot.pending_tokens, slot.dropped = slot.pending_tokens + output.metrics["tokens:sum"], False
             request.future.set_result(output)
         for name in spoilt:  # half a gradient must not be stepped on: it is dropped, and optim_step will say so
-            slot = self._slot(name)
-            slot.pending_tokens = 0
-            self._stack.rows.grads[slot.slot].zero_()
+            self._zero_grad(name)
+            self._slot(name).dropped = True
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
         total = self._stack.rows.grads[slot]

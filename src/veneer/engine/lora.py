@@ -127,6 +127,12 @@ class LoraStack:
         """Whether two decoding steps run side by side without waiting for the interpreter most of the time."""
         return self.fused is not None and self.fused.steps is not None
 
+    @property
+    def repeats_prompts(self) -> bool:
+        """In the written-out layers on a CPU, where a position's rotation depends on nothing else and attention takes a row in pieces that
+        its length decides."""
+        return self.steps_alone
+
     # ------------------------------------------------ slots
 
     def create(self, config: LoraConfig | None) -> int:
@@ -188,8 +194,11 @@ class LoraStack:
         return sum(t.numel() for t in self.named(slot, self.rows.training).values())
 
     def without_gradient(self, slot: int) -> list[str]:
-        """Adapted linear maps whose B has a gradient of exactly zero: their hook was never called, or they lead nowhere."""
-        return [name for name, (_, bt) in self.views(slot, self.rows.grads).items() if not bt.any()]
+        """Adapted linear maps whose B has a gradient of exactly zero beside others that have one: their hook was never called, or
+        they lead nowhere. A gradient of zero everywhere says nothing about any of them."""
+        views = self.views(slot, self.rows.grads)
+        zero = [name for name, (_, bt) in views.items() if not bt.any()]
+        return zero if len(zero) < len(views) else []
 
     # ------------------------------------------------ passes
 

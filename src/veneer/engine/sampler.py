@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from veneer.engine.base import Base
-from veneer.engine.batch import Completion, SampleRequest
 from veneer.engine.crew import Crew, Weights
 from veneer.engine.draws import sequence_key
 from veneer.engine.lanes import Lanes
 from veneer.engine.memory import out_of_memory
+from veneer.engine.prefixes import Prefixes
+from veneer.engine.request import Completion, SampleRequest
 
 ROWS = {"cpu": 512, "cuda": 1024}
 """Completions that decode together."""
@@ -34,13 +35,14 @@ class Sampler:
         self.most_rows = self.limit = ROWS[base.device.type]
         self.failed: list[tuple[SampleRequest, Exception]] = []
         """Requests that cannot be answered, for the engine to take away."""
-        self._starting: dict[tuple[int | None, bytes], list[Completion]] = {}
-        """Rows that the step at hand lets in, by adapter and prompt."""
+        self._starting: dict[tuple[object, ...], list[Completion]] = {}
+        """Rows that the step at hand lets in, by the key of their prompt."""
+        self.prefixes = Prefixes(base)
         self._muster()
 
     def _muster(self) -> None:
         """Fresh crews, one for each thread if that pays."""
-        self.crews = [Crew(self.base, self.weights) for _ in range(self._side_by_side)]
+        self.crews = [Crew(self.base, self.weights, self.prefixes) for _ in range(self._side_by_side)]
 
     @property
     def _side_by_side(self) -> int:
@@ -84,6 +86,7 @@ class Sampler:
             outcomes = self._run([crew for crew in self.crews if crew.rows])
         except Exception as error:
             outcomes = list[Outcome]([error])
+        self._take_failures()
         done = [request for outcome in outcomes if not isinstance(outcome, Exception) for request in outcome]
         for request in done:
             request.answered = True
@@ -101,21 +104,21 @@ class Sampler:
         """Make rows of what waits while there is room. A request whose rows do not all fit waits, unless it never would."""
         starting = self._starting
         room, prompt_tokens = self.limit - self.rows, PROMPT_TOKENS[self.base.device.type]
-        running = {row.request.slot for crew in self.crews for row in crew.rows}
+        running = {row.acting.slot for crew in self.crews for row in crew.rows}
         while self.waiting:
             request = self.waiting[0]
             if request.cancelled:
                 self.waiting.popleft()
                 continue
-            key = (request.slot, request.prompt.tobytes())
-            cost = 0 if key in starting else len(request.prompt)
+            slot = request.acting[0].slot
+            cost = 0 if request.key in starting else len(request.prompt)
             count = min(request.waiting, self.limit)
-            others_fit = count <= room and cost <= prompt_tokens and (self.weights.mixes_slots or running == {request.slot})
+            others_fit = count <= room and cost <= prompt_tokens and (self.weights.mixes_slots or running == {slot})
             if running and not others_fit:
                 break
             group = self._completions(request, request.n - request.waiting, count)
-            starting.setdefault(key, []).extend(group)
-            running.add(request.slot)
+            starting.setdefault(request.key, []).extend(group)
+            running.add(slot)
             room, prompt_tokens = room - count, prompt_tokens - cost
             request.waiting -= count
             request.rows += group
@@ -127,7 +130,8 @@ class Sampler:
         params = request.params
         budget = min(params.max_tokens, self.base.context_length - len(request.prompt))
         stop_tokens = frozenset(self.base.eos_token_ids if params.stop_token_ids is None else params.stop_token_ids)
-        rows = [Completion(request, budget, sequence_key(params.seed, first + i), stop_tokens) for i in range(count)]
+        indices = range(first, first + count)
+        rows = [Completion(request, i, budget, sequence_key(params.seed, i), stop_tokens) for i in indices]
         if budget == 0:
             for row in rows:
                 row.stop_reason = "length"
@@ -145,6 +149,15 @@ class Sampler:
             min(crews, key=lambda crew: len(crew.rows)).start(piece)
 
     # ------------------------------------------------ trouble
+
+    def _take_failures(self) -> None:
+        """Requests that their crews gave up: their rows leave all crews."""
+        for request in [request for crew in self.crews for request in crew.failed]:
+            assert request.failure is not None
+            self.failed.append((request, request.failure))
+            self.cancel(request)
+        for crew in self.crews:
+            crew.failed.clear()
 
     def _retreat(self, error: Exception) -> None:
         """A pass failed: start its rows anew, half as many at a time; draws do not depend on the company, so nothing is lost but

@@ -20,9 +20,10 @@ from veneer.engine.base import Base, Head
 from veneer.engine.crew import Weights
 from veneer.engine.lanes import Lanes, Stuck
 from veneer.engine.logprobs import target_logprobs
-from veneer.engine.losses import LossInputs, drift, resolve_loss
+from veneer.engine.losses import drift, resolve_loss
 from veneer.engine.memory import free_memory, out_of_memory
-from veneer.engine.packing import PassRequest, Unit, cut, join, owners, pack, trained
+from veneer.engine.packing import PassRequest, Unit, cut, join, pack
+from veneer.engine.targets import UnitTargets, line_targets
 from veneer.types import Floats, ForwardBackwardOutput
 
 TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}
@@ -70,10 +71,10 @@ class Trainer:
         fits = tokens_that_fit(self.base, self.weights.gradient_checkpointing)
         budget = min(TOKENS_PER_PASS[self.base.device.type], fits)
         lanes = max(1, min(lanes, fits // budget))
-        answers = {id(r): Answer([np.full(len(d.tokens), np.nan, np.float32) for d in r.data]) for r in requests}
+        answers = {id(r): Answer([np.full(d.targets.shape, np.nan, np.float32) for d in r.data]) for r in requests}
         units = [unit for request in requests for unit in cut(request, budget)]
         for backward in (False, True):
-            kind = [unit for unit in units if unit.request.backward == backward]
+            kind = [unit for unit in units if unit.backward == backward]
             share = -(-sum(unit.tokens for unit in kind) // lanes)
             passes = join(kind, min(budget, share), self.weights.mixes_slots)
             for result in self._run_all(passes, lanes):
@@ -88,13 +89,8 @@ class Trainer:
             add_gradient(result.unit.request.slot, result.gradient)
         for name, number in result.sums.items():
             answer.sums[name] = answer.sums.get(name, 0.0) + number
-        at = 0
-        for _, members in result.unit.groups:
-            for member in members:
-                trained = member.datum.mask != 0
-                count = int(trained.sum())
-                answer.logprobs_D[member.index][trained] = result.logprobs[at : at + count]
-                at += count
+        for member, found in zip(result.unit.members, result.logprobs_M, strict=True):
+            answer.logprobs_D[member.index][member.asked] = found
 
     def _run_all(self, passes: Sequence[list[Unit]], lanes: int) -> Iterator[_Result]:
         """Results in order. The units of a pass that got stuck are tried one by one."""
@@ -126,15 +122,16 @@ class Trainer:
         results: list[_Result] = []
 
         def finish(hidden: Tensor, head: Head) -> Tensor:
-            lp = target_logprobs(hidden, trained(units, "targets", hidden.device), head)
+            lp = target_logprobs(hidden, line_targets(units, hidden.device), head)
             losses = []
             for unit, part in zip(units, lp.split([segment.wanted for segment in flat.segments]), strict=True):
-                loss, sums = _loss(unit, part)
+                targets = UnitTargets(unit)
+                loss, sums = _loss(unit.request, targets, part)
                 losses.append(loss)
-                results.append(_Result(unit, part.detach().cpu().numpy(), sums))
+                results.append(_Result(unit, targets.handed_back(part.detach().cpu().numpy()), sums))
             return torch.stack(losses).sum()
 
-        if not units[0].request.backward:
+        if not units[0].backward:
             self.weights.infer(flat, finish, published=False)
             return results
         for result, gradient in zip(results, self.weights.train(flat, finish), strict=True):
@@ -145,19 +142,22 @@ class Trainer:
 @dataclass
 class _Result:
     unit: Unit
-    logprobs: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    logprobs_M: list[Floats] = field(default_factory=list[Floats])
+    """Per member of the unit, of the targets that it asks for."""
     sums: dict[str, float] = field(default_factory=dict[str, float])
     gradient: Tensor | None = None
     error: Exception | None = None
 
 
-def _loss(unit: Unit, lp: Tensor) -> tuple[Tensor, dict[str, float]]:
-    function, config = resolve_loss(unit.request.loss_fn, unit.request.loss_config)
-    q, advantages, weights = (trained([unit], name, lp.device) for name in ("logprobs", "advantages", "mask"))
-    inputs = LossInputs(lp, q, advantages, weights, owners(unit, lp.device))
-    value, clipped = function(inputs, config)
-    sums = {"loss": float(value.detach()), "tokens": float(len(lp)), "clipped": float(clipped.sum())}
-    if unit.request.loss_fn != "cross_entropy":
+def _loss(request: PassRequest, targets: UnitTargets, lp: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The summed loss of a unit and what is told about it; the loss of no tokens is 0."""
+    function, config = resolve_loss(request.loss_fn, request.loss_config)
+    inputs = targets.loss_inputs(lp)
+    if not len(inputs.lp):
+        return lp.new_zeros(()), {}
+    value, clipped = function(inputs, targets.settings(config, lp.device))
+    sums = {"loss": float(value.detach()), "tokens": float(len(inputs.lp)), "clipped": float(clipped.sum())}
+    if request.loss_fn != "cross_entropy":
         sums |= {name: float(t) for name, t in drift(inputs).items()}
     return value, sums
 

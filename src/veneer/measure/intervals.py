@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
 """97.5% quantile of the standard normal."""
@@ -24,6 +28,48 @@ class Rate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+
+def mean_interval(values: Sequence[float] | NDArray[np.float64], z: float = Z95) -> Mean:
+    """The mean and z standard errors to either side.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    numbers = np.asarray(values, np.float64)
+    if len(numbers) < 2:
+        raise ValueError(f"an interval needs at least two values, not {len(numbers)}")
+    mean, half = float(numbers.mean()), z * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    return Mean(mean, mean - half, mean + half)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = Z95) -> Mean:
+    """Of two shares over the same trials, after - before: Wald's interval with half a pair added to each cell of the two by two table,
+    which keeps its promise in small samples too (Agresti & Min 2005, https://doi.org/10.1002/sim.1781).
+
+    Raises:
+        ValueError: no trials, or not as many after as before.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"{len(before)} trials before and {len(after)} after; a pair each is needed")
+    gained = sum(a and not b for b, a in zip(before, after, strict=True))
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    trials, differing = len(before) + 2, gained + lost + 1.0
+    centre = (gained - lost) / trials
+    half = z * math.sqrt(differing - (gained - lost) ** 2 / trials) / trials
+    return Mean((gained - lost) / len(before), max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def wilson(successes: int, trials: int, z: float = Z95) -> Rate:

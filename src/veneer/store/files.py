@@ -41,27 +41,40 @@ def storage_errors(path: Path) -> Generator[None, None, None]:
 
 
 @contextmanager
-def new_folder(target: Path) -> Generator[Path, None, None]:
-    """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced."""
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{target.name}-", dir=target.parent))
+def new_folder(target: Path, *, durable: bool = True) -> Generator[Path, None, None]:
+    """Fill a folder beside ``target``; it takes the name when all is on the disk. An old ``target`` is replaced. Without ``durable``
+    it outlives the process at any moment, but perhaps not a power cut."""
+    with aside_folder(target.parent, target.name) as aside:
+        yield aside
+        settle(aside, target, durable=durable)
+
+
+@contextmanager
+def aside_folder(parent: Path, stem: str) -> Generator[Path, None, None]:
+    """A folder to fill, whose place is not known yet: ``settle`` gives it one. What is not settled is gone afterwards."""
+    with storage_errors(parent / stem):
+        parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{stem}-", dir=parent))
         try:
             os.chmod(aside, 0o755)
             yield aside
-            for path in aside.iterdir():
-                sync(path)
-            if target.exists():
-                old = aside.with_name(aside.name + ".old")
-                target.rename(old)
-                aside.rename(target)
-                shutil.rmtree(old)
-            else:
-                aside.rename(target)
-            sync(target.parent)
-        except BaseException:
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            raise
+
+
+def settle(aside: Path, target: Path, *, durable: bool = True) -> None:
+    """Give a filled folder its name once all of it is on the disk. An old ``target`` is replaced."""
+    for path in aside.iterdir() if durable else ():
+        sync(path)
+    if target.exists():
+        old = aside.with_name(aside.name + ".old")
+        target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old)
+    else:
+        aside.rename(target)
+    if durable:
+        sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:

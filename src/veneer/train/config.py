@@ -111,7 +111,7 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     init: str = ""
-    """An adapter to start from: NAME, NAME@VERSION or a folder. Empty: a fresh one, equal to the base."""
+    """An adapter to start from: NAME, NAME@VERSION, NAME@LABEL or a folder. Empty: a fresh one, equal to the base."""
     lora: LoraSettings = LoraSettings()
     env: EnvSettings = EnvSettings()
     rl: RlSettings = RlSettings()

@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.measure.bits import reward_bits
+from veneer.measure.canary import check_drawn
 from veneer.train.advantages import compute_advantages, is_constant
 from veneer.train.datums import trajectory_to_data
 from veneer.train.evaluate import evaluate
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
 from veneer.train.session import Metrics, Session
-from veneer.types import AdamParams, AttestationError, EnvDataset, RunError, SamplingParams, TrajectoryGroup
+from veneer.types import AdamParams, Adapter, AttestationError, EnvDataset, RunError, SamplingParams, TrajectoryGroup
 
 KL_LIMITS = {"float32": 1e-5, "bfloat16": 0.01, "float16": 0.01}
 """Nats per token between sampler and trainer on fresh samples; more means that they do not run the same weights. 0.01 is the
@@ -45,7 +46,8 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
     """Run or go on with a run until its last step.
 
     Raises:
-        AttestationError: sampler and trainer disagree, a step changed nothing, or the base changed.
+        AttestationError: sampler and trainer disagree, samples come from other weights than those published last, a step changed
+            nothing, or the base changed.
         RunError: too many rollouts failed.
         Interrupted: the user asked to stop; the state is saved.
     """
@@ -60,6 +62,7 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         clock = time.perf_counter()
         before = await evaluate(policy, dataset, config.eval.problems, config.seed)
         check_failures([before.group()], config.env.max_failed_share)
+        _check_origin([before.group()], published)
         session.run.save_rollouts(0, [before.group()], [None], kind="eval")
         metrics: Metrics = {"step": 0, "adapter/digest": published.digest, **before.metrics()}
         await session.record(metrics, {"eval": time.perf_counter() - clock}, last=rl.steps == 0)
@@ -73,6 +76,7 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         indices = range(problems + (step - 1) * rl.groups_per_batch, problems + step * rl.groups_per_batch)
         groups_P = await do_rollouts(policy, dataset, "train", indices, rl.group_size, derive_seed(config.seed, step))
         check_failures(groups_P, config.env.max_failed_share)
+        _check_origin(groups_P, published)
         sampled = time.perf_counter()
 
         advantages_P = compute_advantages(groups_P)
@@ -102,6 +106,7 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         if last or step % config.eval.every == 0:
             held_out = await evaluate(policy, dataset, config.eval.problems, config.seed)
             check_failures([held_out.group()], config.env.max_failed_share)
+            _check_origin([held_out.group()], published)
             session.run.save_rollouts(step, [held_out.group()], [None], kind="eval")
             metrics |= held_out.metrics()
         timings = {"sample": sampled - started, "train": trained - sampled, "eval": time.perf_counter() - trained}
@@ -154,6 +159,12 @@ def _check_drift(metrics: Metrics, dtype: str) -> None:
             f"step {metrics['step']}: sampler and trainer differ by {drift:.3g} nats a token on fresh samples (limit {limit:g}, {dtype}); "
             "they do not run the same weights"
         )
+
+
+def _check_origin(groups_P: Sequence[TrajectoryGroup], published: Adapter) -> None:
+    """Every turn must have been drawn from the version that was published last."""
+    samples = [turn.sample for group in groups_P for t in group.trajectories_G for turn in t.transitions]
+    check_drawn(samples, published.digest, published.base_digest)
 
 
 def check_failures(groups_P: Sequence[TrajectoryGroup], limit: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -9,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.measure.canary import ask_sampled, ask_trained, canary_tokens, check_loaded, judge, make_canary
 from veneer.render import Renderer
+from veneer.store.entry import Parent, check_compatible
+from veneer.store.registry import is_path
 from veneer.store.run import Run
 from veneer.train.config import RunConfig
-from veneer.types import Adapter, AdapterError, AttestationError, Checkpoint, Engine, RunError
+from veneer.types import Adapter, AttestationError, Checkpoint, Engine, Floats, RunError, Tokens
 
 Metrics = dict[str, Any]
 
@@ -38,9 +42,14 @@ class Session:
     base_before: str = ""
     """The base's digest in memory when the session began."""
     stop: threading.Event = field(default_factory=threading.Event)
+    canary: Tokens = field(init=False)
+    _base_logprobs: Floats = field(init=False)
+    """Of the canary, when the session began."""
 
     def __post_init__(self) -> None:
         self.base_before = self.engine.measure_base_digest()
+        self.canary = canary_tokens(self.renderer.vocab_size)
+        self._base_logprobs = ask_trained(self.engine, None, self.canary).result().logprobs_D[0]
 
     @property
     def adapter(self) -> str:
@@ -48,16 +57,22 @@ class Session:
 
     def facts(self, **more: Any) -> Mapping[str, Any]:
         """What an adapter's manifest says beside its weights."""
-        parent = None if self.init is None else f"{self.init.adapter.name} {self.init.adapter.digest}"
         return {
             "tokenizer_digest": self.renderer.tokenizer_digest,
             "template_digest": self.renderer.template_digest,
+            "stage": self.config.kind,
             "env": self.config.env.name if self.config.kind == "rl" else None,
             "seed": self.config.seed,
-            "parent": parent,
+            "parents": [dataclasses.asdict(parent) for parent in self._parents()],
             "run": self.config.name,
             **more,
         }
+
+    def _parents(self) -> list[Parent]:
+        if self.init is None:
+            return []
+        reference = self.init.adapter.name if is_path(self.config.init) else self.config.init
+        return [Parent(reference, self.init.adapter.digest)]
 
     async def resume(self) -> int:
         """Bring the adapter to where the run stands and return the next step: 0 for a new run, 1 behind the first evaluation."""
@@ -65,20 +80,23 @@ class Session:
         self.trainable = self.engine.create_adapter(self.adapter, self.config.lora_config())
         if saved is not None:
             step, checkpoint, manifest = saved
-            check_made_for(manifest, self.renderer, f"the run in {self.run.folder}")
+            mine = (self.engine.base_digest, self.renderer.tokenizer_digest, self.renderer.template_digest)
+            check_compatible(manifest, *mine, what=f"the run in {self.run.folder}")
             await self.engine.load_state(self.adapter, checkpoint)
+            check_loaded(self.engine, self.adapter, checkpoint, self.canary)
             self.run.rewind(step)  # only now: a refused resume has lost nothing
             return step + 1
         self.run.rewind(-1)
         if self.init is not None:
             await self.engine.load_state(self.adapter, self.init)
+            check_loaded(self.engine, self.adapter, self.init, self.canary)
         return 0
 
     async def publish_changed(self, before: Adapter) -> Adapter:
         """Publish after an optimizer step.
 
         Raises:
-            AttestationError: the step left every byte of the adapter as it was.
+            AttestationError: the step left every byte of the adapter as it was, or what is sampled now does not do what was trained.
         """
         after = await self.engine.publish(self.adapter)
         if after.digest == before.digest:
@@ -86,7 +104,20 @@ class Session:
                 f"the optimizer step to version {after.version} changed nothing that is sampled: the learning rate is 0 or too small "
                 "for the weights' precision, no gradient arrived, or the new weights were not published"
             )
+        await self._check_published(after)
         return after
+
+    async def _check_published(self, published: Adapter) -> None:
+        """Sample the canary: with the adapter it must have the log-probabilities of the training weights, without it those it had when
+        the session began."""
+        engine, row = self.engine, self.canary
+        trained, base, adapted = (
+            ask_trained(engine, self.adapter, row),
+            ask_sampled(engine, None, row),
+            ask_sampled(engine, self.adapter, row),
+        )
+        canary = make_canary(row, self._base_logprobs, (await trained).logprobs_D[0], published, engine.dtype)
+        judge(canary, (await base)[0], (await adapted)[0], engine.dtype)
 
     def check_base(self) -> str:
         """The base's digest as it is in memory now.
@@ -116,18 +147,6 @@ class Session:
             self.run.save_checkpoint(step, await self.engine.save_state(self.adapter), self.facts())
         if self.stop.is_set() and not last:
             raise Interrupted(f"interrupted after step {step}; the state is saved, the same command goes on from here")
-
-
-def check_made_for(manifest: Mapping[str, Any], renderer: Renderer, what: str) -> None:
-    """Tokenizer and chat template must be those of the manifest, where it names them.
-
-    Raises:
-        AdapterError: they are not.
-    """
-    for key, mine in (("tokenizer_digest", renderer.tokenizer_digest), ("template_digest", renderer.template_digest)):
-        if manifest.get(key) not in (None, mine):
-            part = key.removesuffix("_digest").replace("template", "chat template")
-            raise AdapterError(f"{what} was made with another {part} ({manifest[key][:12]}; this base has {mine[:12]})")
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""The bases that a server holds, by every name they answer to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.render import Renderer
+from veneer.server.errors import NotFound
+from veneer.server.shelf import Shelf
+from veneer.types import Engine
+
+
+@dataclass(frozen=True)
+class Served:
+    """One base in memory."""
+
+    names: tuple[str, ...]
+    """Its own name first, then aliases."""
+    engine: Engine
+    renderer: Renderer
+    shelf: Shelf
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+class Bases:
+    def __init__(self, served: Sequence[Served]) -> None:
+        self.served = list(served)
+        self._by_name = {name: base for base in served for name in base.names}
+
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def find(self, name: str) -> Served:
+        """The base of that name; what stands behind a colon ("Qwen/Qwen3-8B:peft:131072") is the client's affair.
+
+        Raises:
+            NotFound: the server does not hold it. It is never replaced by another.
+        """
+        base = self._by_name.get(name) or self._by_name.get(name.partition(":")[0])
+        if base is None:
+            near = difflib.get_close_matches(name, self._by_name, 1, 0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise NotFound(f"this server does not hold base {name!r}; {hint}it holds {', '.join(map(repr, self._by_name))}")
+        return base
