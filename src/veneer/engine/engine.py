@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from veneer.digest import digest_adapter
-from veneer.engine.arrivals import check_data
+from veneer.engine.arrivals import check_data, check_request
 from veneer.engine.base import Base
 from veneer.engine.full import FullStack
 from veneer.engine.lanes import Lanes
@@ -20,7 +20,7 @@ from veneer.engine.losses import resolve_loss
 from veneer.engine.memory import out_of_memory
 from veneer.engine.packing import PassRequest
 from veneer.engine.queue import EngineFuture, Request, plan
-from veneer.engine.request import Acting, Completion, SampleRequest, check_request
+from veneer.engine.request import Acting, Completion, SampleRequest
 from veneer.engine.sampler import Sampler
 from veneer.engine.scores import PromptScores, PromptWish
 from veneer.engine.trainer import Trainer, to_output

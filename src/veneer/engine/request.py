@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,11 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from veneer.engine.base import Base
 from veneer.engine.cache import Bank, Shared
-from veneer.engine.memory import total_memory
 from veneer.engine.scores import PromptScores, PromptWish
-from veneer.types import Adapter, DataError, Floats, Piece, RequestError, RunError, SamplingParams, Switch, Tokens, TopLogprobs
+from veneer.types import Adapter, Floats, Piece, RunError, SamplingParams, Switch, Tokens, TopLogprobs
 
 StopReason = Literal["stop", "length"]
 
@@ -185,58 +182,3 @@ class Completion:
         """Positions that its slot still has room for."""
         assert self.bank is not None
         return self.bank.capacity - self.position + (0 if self.shared is None else self.shared.length)
-
-
-def check_request(request: SampleRequest, base: Base) -> None:
-    """
-    Raises:
-        DataError: the prompt or its targets do not fit the base.
-        RequestError: the settings make no sense.
-    """
-    prompt, params, vocab = request.prompt, request.params, base.vocab_size
-    if not 0 < len(prompt) < base.context_length:
-        raise DataError(
-            f"the prompt has {len(prompt)} tokens; it must have from 1 to {base.context_length - 1}, the base's context less one"
-        )
-    if prompt.min() < 0 or prompt.max() >= vocab:
-        raise DataError(f"prompt tokens must be from 0 to {vocab - 1}")
-    length = min(len(prompt) + params.max_tokens, base.context_length)
-    need, there = base.cache_numbers * base.dtype.itemsize * length, total_memory(base.device)
-    if need > there:
-        raise DataError(
-            f"{length:,} tokens of prompt and completion need {need / 2**30:.1f} GiB of cache; the machine has "
-            f"{there / 2**30:.1f} GiB of memory. Lower max_tokens"
-        )
-    if params.stop and base.tokenizer is None:
-        raise RequestError("stop texts need the base's tokenizer, and this base was made without one; use stop_token_ids")
-    if request.n < 1 or params.max_tokens < 0:
-        raise RequestError("n must be at least 1 and max_tokens at least 0")
-    if not 0 <= params.temperature < math.inf or params.top_k < 0 or not 0 < params.top_p <= 1:
-        raise RequestError("temperature must be a number from 0, top_k must not be negative, and top_p must be above 0 and at most 1")
-    for name, k in (("top_logprobs", request.top_logprobs), ("prompt_top_logprobs", request.wish.top)):
-        if not 0 <= k <= vocab:
-            raise RequestError(f"{name} is {k}; it must be from 0 to {vocab}, the base's vocabulary")
-    targets = request.wish.targets
-    if targets is not None and (targets.ndim != 2 or len(targets) != len(prompt) - 1):
-        raise DataError(f"prompt_targets has shape {list(targets.shape)}; for this prompt it must be [{len(prompt) - 1}, K]")
-    if targets is not None and targets.size and (targets.min() < -1 or targets.max() >= vocab):
-        raise DataError(f"prompt_targets must be from 0 to {vocab - 1}, or -1 for none")
-    _check_switches(request, vocab)
-
-
-def _check_switches(request: SampleRequest, vocab: int) -> None:
-    place, waits = 0, False
-    for i, switch in enumerate(request.switches):
-        if (switch.at is None) == (not switch.after):
-            raise RequestError(f"switch {i} needs one of two: the position of the prompt at which it comes, or the tokens after which")
-        if switch.at is None:
-            waits = True
-            if min(switch.after) < 0 or max(switch.after) >= vocab:
-                raise RequestError(f"switch {i} comes after {switch.after}; tokens must be from 0 to {vocab - 1}")
-        elif waits:
-            raise RequestError(f"switch {i} is in the prompt, but one before it waits for tokens behind the prompt; put it first")
-        elif not place <= switch.at < len(request.prompt):
-            last = len(request.prompt) - 1
-            raise RequestError(f"switch {i} is at position {switch.at}; it must be from {place} to {last}, in order and in the prompt")
-        else:
-            place = switch.at + 1
