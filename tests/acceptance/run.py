@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def play(name: str, point: Point, stage: Stage) -> Outcome:
     return Outcome(name, True, time.monotonic() - clock, figures)
 
 
+def revive(stage: Stage, behind: str) -> Figures:
+    """Another server for the points that follow; that the last one went away is a failure whatever comes of it."""
+    assert stage.server.process is not None
+    code = stage.server.process.poll()
+    if code is None:
+        stage.server.kill()
+    stage.server.start()
+    raise AssertionError(f"the server was gone behind {behind} (exit code {code}); another was started")
+
+
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="one point; repeatable")
@@ -132,8 +143,8 @@ def main(argv: Sequence[str]) -> int:
             outcomes.append(play(name, point, stage))
             print(outcomes[-1], flush=True)
             if not stage.server.answers():
-                print("the server is gone; another is started", flush=True)
-                stage.server.start()
+                outcomes.append(play("server", partial(revive, behind=name), stage))
+                print(outcomes[-1], flush=True)
     finally:
         stage.server.stop()
     failed = [outcome.name for outcome in outcomes if not outcome.ok]
