@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from veneer.assets import NANO_FOLDER
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base
-from veneer.measure.canary import LENGTH, canary_tokens, check_drawn, check_loaded, with_canary
+from veneer.measure.canary import LENGTH, canary_tokens, check_drawn, check_loaded, judge, with_canary
 from veneer.store.adapters import read_adapter, read_manifest, write_adapter
-from veneer.types import AttestationError, Checkpoint, LoraConfig, SamplingParams
+from veneer.types import AttestationError, Checkpoint, LoraConfig, RunError, SamplingParams
 
 ROW = canary_tokens(384)
 
@@ -176,12 +176,18 @@ def test_another_effect_is_told(checkpoint: Checkpoint, factor: float) -> None:
 
 
 def test_numbers_that_are_not_finite_are_told(checkpoint: Checkpoint) -> None:
-    """No comparison with NaN is true."""
+    """No comparison with NaN is true; the sampler says it before any is made."""
     engine = engine_of()
     engine.load_state("a", checkpoint).result()
     engine._stack.rows.published.fill_(float("nan"))
-    with pytest.raises(AttestationError, match="differ by up to nan"):
+    with pytest.raises(RunError, match="not finite"):
         check_loaded(engine, "a", checkpoint, ROW)
+    sound = engine.sample(ROW, None, SamplingParams(max_tokens=0), prompt_logprobs=True).result()[0]
+    assert sound.prompt_logprobs is not None
+    broken = dataclasses.replace(sound, adapter=checkpoint.adapter, prompt_logprobs=sound.prompt_logprobs * np.float32("nan"))
+    assert checkpoint.canary is not None
+    with pytest.raises(AttestationError, match="differ by up to nan"):
+        judge(checkpoint.canary, sound, broken, "float32")
 
 
 def test_another_adapter_under_the_name_is_told(checkpoint: Checkpoint) -> None:

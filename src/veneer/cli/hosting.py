@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import uvicorn
 
 from veneer.cli.assemble import PATIENCE
 from veneer.engine import LocalEngine, LoraEngine, load_base, set_threads
-from veneer.measure.canary import canary_tokens, check_loaded
 from veneer.render import Renderer
 from veneer.server.access import is_loopback
 from veneer.server.app import make_app
@@ -56,9 +54,7 @@ def serve(
     served = []
     for base, engine in engines.items():
         assert engine.base.tokenizer is not None
-        renderer, shelf = Renderer(engine.base.tokenizer), Shelf(worker, engine)
-        shelf.on_load.append(partial(check_loaded, engine, tokens=canary_tokens(renderer.vocab_size)))
-        served.append(Served(tuple(names[base]), engine, renderer, shelf))
+        served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
     app = make_app(Bases(served), worker, home, limits, lines, lora_dir=lora_dir)
     gc.freeze()
     where = f"http://{host}:{listening.getsockname()[1]}"

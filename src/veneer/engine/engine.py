@@ -47,6 +47,10 @@ T = TypeVar("T")
 
 ENOUGH_TOKENS = 16
 """The first gradient of at least this many tokens must reach every target; a row of one token has none for queries and keys."""
+NOTHING_MOVED = (
+    "the optimizer step changed no weight, though neither gradient nor learning rate is 0: the optimizer does not hold this adapter, or "
+    "learning rate and eps let every change vanish in rounding"
+)
 
 
 @dataclass
@@ -237,10 +241,14 @@ class LocalEngine:
                 request.future.set_error(error)
         if not ready:
             return
-        norms = self._stack.rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
-        for (request, slot, _), norm in zip(ready, norms, strict=True):
+        rows = self._stack.rows
+        before = [rows.training[slot.slot].clone() for _, slot, _ in ready]
+        norms = rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
+        for (request, slot, params), norm, old in zip(ready, norms, before, strict=True):
             slot.pending_tokens = 0
-            if isinstance(norm, RequestError):
+            if not isinstance(norm, Exception) and norm > 0 < params.learning_rate and torch.equal(old, rows.training[slot.slot]):
+                norm = AttestationError(NOTHING_MOVED)
+            if isinstance(norm, Exception):
                 request.future.set_error(norm)
                 continue
             slot.version += 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from veneer.measure.canary import canary_tokens, check_loaded
 from veneer.render import Renderer
 from veneer.server.errors import NotFound
 from veneer.server.shelf import Shelf
@@ -21,6 +23,9 @@ class Served:
     engine: Engine
     renderer: Renderer
     shelf: Shelf
+
+    def __post_init__(self) -> None:
+        self.shelf.on_load.append(partial(check_loaded, self.engine, tokens=canary_tokens(self.renderer.vocab_size)))
 
     @property
     def name(self) -> str:

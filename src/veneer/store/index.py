@@ -139,13 +139,17 @@ class Index:
 
     @contextmanager
     def reading(self) -> Generator[sa.Connection | None, None, None]:
-        """None: there is no database yet, and looking makes none."""
+        """One moment of the database, whatever others change meanwhile. None: there is no database yet, and looking makes none."""
         if self.file is not None and not self.file.is_file():
             yield None
             return
         with self._errors():
             self._make_tables()
             with self.engine.connect() as connection:
+                if self.file is not None:
+                    connection.exec_driver_sql("BEGIN")  # Python's driver begins nothing for a SELECT
+                else:
+                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
                 yield connection
 
     @contextmanager
