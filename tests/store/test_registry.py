@@ -540,3 +540,29 @@ def test_files_that_are_not_in_this_home() -> None:
         registry.read("x")
     with pytest.raises(AdapterError):
         read_adapter(registry.resolve("x").folder)
+
+
+def test_changes_of_a_name_are_counted(home: Path, url: str) -> None:
+    """A server that asks for changes alone must learn of every one, and of nobody else's."""
+    registry, other = Registry(home), Registry(home)
+    assert registry.changes("a") is None
+    registry.put("a", make(1), MADE)
+    registry.put("b", make(2), MADE)
+    seen = [registry.changes("a")]
+    score = Score("sums", 0.5, 0.4, 0.6, 64, 0, "2026-01-01T00:00:00Z")
+    for change in (
+        lambda: other.put("a", make(3), MADE),
+        lambda: other.promote("a", 1),
+        lambda: other.promote("a", 2),
+        lambda: other.rollback("a"),
+        lambda: other.add_score("a@1", score),
+        lambda: other.forget("a@2"),
+    ):
+        change()
+        seen.append(registry.changes("a"))
+        registry.resolve("a")
+        other.put("b", make(2), MADE)
+        assert registry.changes("a") == seen[-1], "reading changes nothing, and neither does another name"
+    assert len(set(seen)) == len(seen)
+    other.forget("a")
+    assert registry.changes("a") not in seen

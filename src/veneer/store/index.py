@@ -242,6 +242,12 @@ class Index:
             for row in rows
         ]
 
+    def changes(self, name: str) -> int | None:
+        """How often a name was changed, by whatever process; None: there is none. As long as it stays, what was read of the name is
+        current."""
+        with self.reading() as connection:
+            return None if connection is None else connection.execute(_CHANGES, {"name": name}).scalar()
+
     def with_identity(self, name: str, identity: str) -> int | None:
         """The version of ``name`` that has these weights, base, tokenizer and template."""
         found = self.entries(VERSIONS.c.name == name, VERSIONS.c.identity == identity)
@@ -363,6 +369,9 @@ class Index:
                 return []
             rows = connection.execute(sa.select(TOMBSTONES).order_by(TOMBSTONES.c.id)).mappings()
             return [(row["id"], Tombstone(**{key: row[key] for key in row if key != "id"})) for row in rows]
+
+
+_CHANGES = sa.select(NAMES.c.changes).where(NAMES.c.name == sa.bindparam("name"))
 
 
 def sqlite_url(file: Path) -> sa.URL:

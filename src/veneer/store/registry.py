@@ -80,6 +80,11 @@ class Registry:
             check_name(name)
         return self._trusting(self.index.entries(*([] if name is None else [VERSIONS.c.name == name])))
 
+    def changes(self, name: str) -> int | None:
+        """How often versions, labels or scores of a name were changed, by whatever process; None: there is no such name. As long as it
+        stays, so does what a reference to the name means."""
+        return self.index.changes(name)
+
     def resolve(self, reference: str) -> Entry:
         """NAME (what its label ``live`` points to, else its newest version), NAME@3, NAME@LABEL, sha256:DIGEST or a beginning of one,
         or the path of an adapter folder.

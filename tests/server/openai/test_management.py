@@ -97,6 +97,7 @@ def test_a_folder_of_ours(server: Serving, client: openai.OpenAI) -> None:
     entry = server.registry.resolve("ours")
     assert entry.digest == made.adapter.digest
     assert not entry.trusted
+    assert [(parent.reference, parent.digest) for parent in entry.parents] == [("random", made.adapter.digest)]
     answer(client, "ours")
 
 

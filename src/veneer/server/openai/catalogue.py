@@ -16,6 +16,9 @@ from veneer.store.entry import Entry, check_compatible
 from veneer.store.registry import LIVE, Registry
 from veneer.types import AdapterError
 
+MOST_KNOWN = 4096
+"""References that are remembered."""
+
 
 class Catalogue:
     """The bases in memory and the adapters of the registry. Every question asks the registry, as other processes change it too."""
@@ -24,6 +27,8 @@ class Catalogue:
         self.bases, self.registry = bases, registry
         self.unloaded: set[str] = set()
         """Names that are not served until they are loaded again."""
+        self._known: dict[str, tuple[int | None, Entry]] = {}
+        """What references meant, after how many changes of their name."""
 
     def base(self, name: str) -> Served | None:
         try:
@@ -48,9 +53,21 @@ class Catalogue:
         if not self.is_there(caller, name) or "/" in reference or ":" in reference or reference.startswith("."):
             raise await self._unknown(caller, reference, param)
         try:
-            return await asyncio.to_thread(self.registry.resolve, reference)
+            return await asyncio.to_thread(self._resolve, reference, name)
         except AdapterError as error:
             raise await self._unknown(caller, reference, param, error) from error
+
+    def _resolve(self, reference: str, name: str) -> Entry:
+        """Read again only what was changed: asking for changes is one small query."""
+        changes = self.registry.changes(name)
+        known = self._known.get(reference)
+        if known is not None and known[0] == changes:
+            return known[1]
+        entry = self.registry.resolve(reference)
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[reference] = (changes, entry)
+        return entry
 
     async def _unknown(self, caller: Caller, reference: str, param: str, error: AdapterError | None = None) -> UnknownModel:
         """With what comes nearest, of what the caller may see."""

@@ -20,7 +20,7 @@ from veneer.server.openai.catalogue import Catalogue
 from veneer.server.openai.errors import FieldError, UnknownModel
 from veneer.server.openai.loading import Loading
 from veneer.server.openai.requests import LoadRequest, Promotion, Rollback, UnloadRequest
-from veneer.store.adapters import CONFIG, MANIFEST, facts_of, read_adapter, read_manifest, recorded_base
+from veneer.store.adapters import CONFIG, MANIFEST, facts_of, read_adapter, recorded_base
 from veneer.store.entry import Entry
 from veneer.store.foreign import read_peft
 from veneer.store.registry import LIVE, Registry, check_name, is_path
@@ -222,12 +222,12 @@ class Management:
     async def unload(self, caller: Caller, wanted: UnloadRequest) -> str:
         """Serve a name no more, until it is loaded again or the server starts anew; its files stay. What is being answered is answered."""
         name = wanted.lora_name
+        try:
+            check_name(name)
+            entries = await self._versions(caller, name)
+        except (AdapterError, NotFound) as error:
+            raise UnknownModel(f"The lora adapter '{name}' cannot be found.", "lora_name") from error
         async with self._locks[name]:
-            try:
-                check_name(name)
-                entries = await self._versions(caller, name)
-            except (AdapterError, NotFound) as error:
-                raise UnknownModel(f"The lora adapter '{name}' cannot be found.", "lora_name") from error
             self.catalogue.unloaded.add(name)
             for entry in entries:
                 for served in self.catalogue.bases.served:
@@ -264,17 +264,17 @@ class Management:
     def _read(self, folder: Path, name: str, served: Served) -> tuple[Checkpoint, dict[str, Any], bool]:
         """The adapter, what its manifest is to say, and whether this home vouches for it."""
         engine, renderer = served.engine, served.renderer
-        if (folder / MANIFEST).is_file():
-            checkpoint, _ = read_adapter(folder)
-            entry = self.registry.resolve(str(folder))
-            self.catalogue.check(entry, served, "lora_path")
-            facts, signed = facts_of(read_manifest(folder)), entry.trusted
-        else:
-            checkpoint, facts = read_peft(folder, name, engine.base_id, engine.base_digest)
-            signed = False
-        origin = {"stage": "import", "imported_from": {"folder": folder.name}}
         digests = {"tokenizer_digest": renderer.tokenizer_digest, "template_digest": renderer.template_digest}
-        return checkpoint, {**facts, **origin, **digests}, signed
+        origin = {**digests, "stage": "import", "imported_from": {"folder": folder.name}}
+        if not (folder / MANIFEST).is_file():
+            checkpoint, facts = read_peft(folder, name, engine.base_id, engine.base_digest)
+            return checkpoint, {**facts, **origin}, False
+        checkpoint, manifest = read_adapter(folder)
+        entry = self.registry.resolve(str(folder))
+        self.catalogue.check(entry, served, "lora_path")
+        place = manifest.get("registry")
+        parent = {"reference": f"{entry.name}@{place['version']}" if place else entry.name, "digest": entry.digest}
+        return checkpoint, {**facts_of(manifest), **origin, "parents": [parent]}, entry.trusted
 
     def _put(self, name: str, checkpoint: Checkpoint, facts: dict[str, Any], signed: bool) -> None:
         """As a version that the name means from now on."""
