@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPResponse
 from typing import Any
 
-API = "/api/v1"
+API, V1 = "/api/v1", "/v1"
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
 
 
@@ -56,6 +56,12 @@ class Line:
 
 def valid_bodies(session: str, run: str, sampler: str) -> dict[str, dict[str, Any]]:
     """A body for each route that takes JSON, with every field that the route insists on; all of its fields have a type."""
+    return {API + path: body for path, body in tinker_bodies(session, run, sampler).items()} | {
+        V1 + path: body for path, body in OPENAI.items()
+    }
+
+
+def tinker_bodies(session: str, run: str, sampler: str) -> dict[str, dict[str, Any]]:
     operation = {"model_id": run, "seq_id": 1}
     lora = {"rank": 1, "train_mlp": True}
     return {
@@ -88,7 +94,29 @@ def valid_bodies(session: str, run: str, sampler: str) -> dict[str, dict[str, An
     }
 
 
-IDS = ("session_id", "model_id", "sampling_session_id", "source_path", "tinker_path", "base_model", "request_id", "path")
+CHAT = {"model": "nano", "max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "n": 1, "stream": False, "logprobs": True, "seed": 1}
+OPENAI: dict[str, dict[str, Any]] = {
+    "/chat/completions": {**CHAT, "messages": [{"role": "user", "content": "1+1=?"}], "lora": [{"name": "nothing", "scale": 1.0}]},
+    "/completions": {"model": "nothing", "prompt": "1+1=", "max_tokens": 1, "echo": False, "n": 1},
+    "/load_lora_adapter": {"lora_name": "nothing", "lora_path": "nowhere", "load_inplace": True},
+    "/unload_lora_adapter": {"lora_name": "nothing"},
+    "/adapters/nothing/promote": {"version": 1, "label": "live"},
+    "/adapters/nothing/rollback": {"label": "live"},
+}
+"""Each about an adapter that is not there, so that none of them is answered whatever else is in it."""
+IDS = (
+    "session_id",
+    "model_id",
+    "model",
+    "lora_name",
+    "lora_path",
+    "sampling_session_id",
+    "source_path",
+    "tinker_path",
+    "base_model",
+    "request_id",
+    "path",
+)
 """Fields that name something; an unknown name is refused at once in all routes but those of operations."""
 NOWHERE = [
     "",
@@ -121,7 +149,7 @@ class Generator:
 
     def post(self, path: str, body: bytes, content_type: str | None = "application/json") -> Request:
         headers = {} if content_type is None else {"Content-Type": content_type}
-        return Request("POST", f"{API}{path}".encode(), body, headers)
+        return Request("POST", path.encode(), body, headers)
 
     # ------------------------------------------------ bodies that are no JSON, or no object
 
@@ -209,8 +237,10 @@ class Generator:
             ("GET", b"/create_session"),
             ("DELETE", b"/sessions"),
         ]
-        method, target = self.random.choice(targets)
-        return Request(method, API.encode() + target)
+        models = [(method, b"/adapters/%b%b" % (segment, end)) for method, end in (("GET", b""), ("DELETE", b""), ("POST", b"/promote"))]
+        prefix, found = self.random.choice(((API, targets), (V1, [*models, ("GET", b"/models/" + segment), ("POST", b"/models")])))
+        method, target = self.random.choice(found)
+        return Request(method, prefix.encode() + target)
 
     def query(self) -> Request:
         page = self.random.choice(("/sessions", "/training_runs", "/checkpoints"))
@@ -225,7 +255,7 @@ class Generator:
     def packed(self) -> Request:
         noise = self.random.randbytes(self.random.randrange(1, 2000))
         if self.random.random() < 0.5:
-            request = self.post("/forward_backward", noise, "application/x-protobuf")
+            request = self.post(f"{API}/forward_backward", noise, "application/x-protobuf")
             request.headers["Content-Encoding"] = self.random.choice(("gzip", "zstd", "br", "x"))
             return request
         return self.post(

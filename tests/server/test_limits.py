@@ -59,6 +59,18 @@ def test_the_limit_itself_is_within_the_limit(server: Server) -> None:
     assert server.ask("POST", "/api/v1/create_session", data=body + b" ").status_code == 413
 
 
+def test_text_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """JSON is read into many times its size; protobuf may be larger."""
+    with hosted(tmp_path, Limits(max_body=20_000, max_text=10_000)) as server:
+        for kind, status in (("application/json", 413), ("", 413), ("application/x-protobuf", 400)):
+            answer = server.ask("POST", "/api/v1/forward_backward", headers={"Content-Type": kind}, data=b"\xff" * 15_000)
+            assert answer.status_code == status, kind
+        for path in ("/api/v1/create_session", "/v1/chat/completions"):
+            answer = server.ask("POST", path, headers={"Content-Type": "application/json"}, data=b"[" * 15_000)
+            assert answer.status_code == 413
+            assert "10000 bytes" in answer.text
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "zstd", "br", "deflate", "identity, gzip", "x"])
 def test_packed_bodies_are_not_unpacked(server: Server, encoding: str) -> None:
     answer = server.ask("POST", "/api/v1/forward_backward", headers={"Content-Encoding": encoding}, data=b"x")

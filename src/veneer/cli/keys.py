@@ -36,7 +36,9 @@ def _time(seconds: float | None) -> str | None:
 
 @command.command("create")
 @click.option("--name", required=True, help="Whose it is. What is made with a key belongs to its name.")
-@click.option("--adapters", multiple=True, default=("*",), show_default=True, metavar="PATTERN", help="It may see these. Repeatable.")
+@click.option(
+    "--adapters", multiple=True, default=("*",), show_default=True, metavar="PATTERN", help="It may see and change these. Repeatable."
+)
 @json_option
 def create(name: str, adapters: tuple[str, ...], as_json: bool) -> None:
     """Make a key, and print it this once: only a hash of it is kept."""

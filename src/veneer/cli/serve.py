@@ -16,7 +16,7 @@ import click
 @click.option("--port", type=click.IntRange(0, 65535), default=8321, show_default=True, help="0 takes a free one.")
 @click.option("--threads", type=click.IntRange(1), help="Of the engines. All cores unless said otherwise.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
-@click.option("--max-body", type=click.IntRange(1), default=256, show_default=True, help="MiB of one request.")
+@click.option("--max-body", type=click.IntRange(1), default=256, show_default=True, help="MiB of one request; of JSON at most 16.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a second of one key. No limit unless given.")
 @click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Where a JSON line for each request goes. On stderr otherwise."
@@ -46,4 +46,4 @@ def command(
     from veneer.cli.hosting import serve
     from veneer.server.limits import MIB, Limits
 
-    serve(bases, aliases, host, port, threads, device, Limits(max_body * MIB, rate), log, lora_dir)
+    serve(bases, aliases, host, port, threads, device, Limits(max_body * MIB, rate=rate), log, lora_dir)

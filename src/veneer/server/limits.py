@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.server.access import CALLER
 from veneer.server.errors import Busy, Encoded, TooLarge, TooSlow
+from veneer.server.tinker.wire import PROTOBUF
 
 MIB = 2**20
 
@@ -19,6 +20,8 @@ MIB = 2**20
 class Limits:
     max_body: int = 256 * MIB
     """Bytes of one request's body."""
+    max_text: int = 16 * MIB
+    """Bytes of one that is not protobuf. What JSON says in three bytes Python keeps in sixty, and reads it before anyone else may run."""
     rate: float | None = None
     """Requests a second of one key, over time; None: as many as it likes."""
     pause: float = 30.0
@@ -72,35 +75,39 @@ class LimitBody:
         headers = Headers(scope=scope)
         if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
             raise Encoded("send the body as it is, without Content-Encoding: compressed bodies are not read here")
+        most = self.limits.max_body
+        if headers.get("content-type", "") != PROTOBUF:
+            most = min(most, self.limits.max_text)
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > self.limits.max_body:
-            raise self._too_large()
-        await self.app(scope, _Body(receive, self).receive, send)
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self.limits.max_body} bytes, which is this server's limit; send it in parts")
+        if length.isdigit() and int(length[:20]) > most:
+            raise too_large(most)
+        await self.app(scope, _Body(receive, self.limits, most).receive, send)
 
 
 class _Body:
     """One body as it arrives."""
 
-    def __init__(self, receive: Receive, limit: LimitBody) -> None:
-        self._receive, self._limit = receive, limit
+    def __init__(self, receive: Receive, limits: Limits, most: int) -> None:
+        self._receive, self._limits, self._most = receive, limits, most
         self._bytes = 0
-        self._deadline = time.monotonic() + limit.limits.arrival
+        self._deadline = time.monotonic() + limits.arrival
         self._complete = False
 
     async def receive(self) -> Message:
         if self._complete:  # what comes now is the end of the connection, and may take its time
             return await self._receive()
-        limits = self._limit.limits
+        limits = self._limits
         try:
             async with asyncio.timeout(min(limits.pause, self._deadline - time.monotonic())):
                 message = await self._receive()
         except TimeoutError:
             raise TooSlow(f"the body stopped for {limits.pause:g} s or took more than {limits.arrival:g} s; send it again") from None
         self._bytes += len(message.get("body", b""))
-        if self._bytes > limits.max_body:
-            raise self._limit._too_large()
+        if self._bytes > self._most:
+            raise too_large(self._most)
         self._complete = not message.get("more_body", False)
         return message
+
+
+def too_large(most: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {most} bytes, which is the limit for this kind of request; send it in parts")

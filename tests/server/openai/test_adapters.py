@@ -234,3 +234,17 @@ def test_what_a_caller_does_not_see_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:
             server.client().models.list()
         assert caught.value.type == "authentication_error"
+
+
+def test_a_lineage_names_only_what_the_caller_sees(tmp_path: Path) -> None:
+    """Other parents, and folders of the server's disk, are told by their digest."""
+    with serving(tmp_path) as server:
+        key, _ = Keys(server.home / "server").create("alice", ("alice-*",))
+        digest = server.registry.resolve(f"secret@{server.put('secret', seed=1)}").digest
+        named = ("secret@1", "/srv/models/secret", "alice-parent@1")
+        server.put("alice-child", seed=2, parents=[{"reference": name, "digest": digest} for name in named])
+        http = httpx2.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"})
+        for answer in (http.get("/v1/adapters/alice-child"), http.get("/v1/adapters")):
+            assert "secret" not in answer.text
+        parents = http.get("/v1/adapters/alice-child").json()["versions"][0]["parents"]
+        assert [parent["reference"] for parent in parents] == [f"sha256:{digest}"] * 2 + ["alice-parent@1"]

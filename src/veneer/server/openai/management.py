@@ -21,7 +21,7 @@ from veneer.server.openai.errors import FieldError, UnknownModel
 from veneer.server.openai.loading import Loading
 from veneer.server.openai.requests import LoadRequest, Promotion, Rollback, UnloadRequest
 from veneer.store.adapters import CONFIG, MANIFEST, facts_of, read_adapter, recorded_base
-from veneer.store.entry import Entry
+from veneer.store.entry import Entry, Parent
 from veneer.store.foreign import read_peft
 from veneer.store.registry import LIVE, Registry, check_name, is_path
 from veneer.types import AdapterError, Checkpoint
@@ -79,10 +79,10 @@ class Management:
         names: dict[str, list[Entry]] = {}
         for entry in await self.catalogue.entries(caller):
             names.setdefault(entry.name, []).append(entry)
-        return AdapterList(object="list", data=[self._card(entries) for entries in names.values()])
+        return AdapterList(object="list", data=[self._card(caller, entries) for entries in names.values()])
 
     async def adapter(self, caller: Caller, name: str) -> AdapterCard:
-        return self._card(await self._versions(caller, name))
+        return self._card(caller, await self._versions(caller, name))
 
     async def _versions(self, caller: Caller, name: str) -> list[Entry]:
         entries = await self.catalogue.entries(caller, name) if self.catalogue.is_there(caller, name) else []
@@ -90,7 +90,7 @@ class Management:
             await self.catalogue.find(caller, name, "name")  # says what there is
         return entries
 
-    def _card(self, entries: list[Entry]) -> AdapterCard:
+    def _card(self, caller: Caller, entries: list[Entry]) -> AdapterCard:
         newest = entries[-1]
         served = self.catalogue.base_of(newest)
         versions = [
@@ -100,7 +100,7 @@ class Management:
                 stage=entry.stage,
                 created=entry.created,
                 rank=entry.rank,
-                parents=[vars(parent) for parent in entry.parents],
+                parents=[_parent(caller, parent) for parent in entry.parents],
                 scores=[vars(score) for score in entry.scores],
                 labels=list(entry.labels),
                 loaded=any(entry.digest in base.shelf for base in self.catalogue.bases.served),
@@ -294,3 +294,9 @@ def _model(name: str, root: str, parent: str | None, served: Served, digests: Mo
         max_model_len=served.engine.context_length,
         veneer=digests,
     )
+
+
+def _parent(caller: Caller, parent: Parent) -> dict[str, Any]:
+    """By its digest alone if the caller may not know its name, or it was a folder."""
+    known = not is_path(parent.reference) and caller.sees(parent.reference.partition("@")[0])
+    return {**vars(parent), "reference": parent.reference if known else f"sha256:{parent.digest}"}
