@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server import Server
 from workplace import HERE, NANO
+
+from server import Server
 
 CLIENTS = HERE / "clients"
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE")
@@ -40,28 +41,35 @@ class Stage:
             "OPENAI_API_KEY": "dummy",
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(self.logs.parent / "datasets"),
+            "TINKER_COOKBOOK_RUNS_DIR": str(self.logs.parent / "cookbook-runs"),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             "ACCEPTANCE_BASE": str(NANO),
         }
 
-    def start(self, name: str, *args: object, url: str | None = None) -> subprocess.Popen[bytes]:
-        """``python ARGS`` in the clients' environment; what it prints goes behind what the log holds."""
+    def start(self, name: str, *args: object, url: str | None = None, typed: str = "") -> subprocess.Popen[bytes]:
+        """``python ARGS`` in the clients' environment; what it prints goes behind what the log holds. ``typed``: standard input."""
         with (self.logs / f"{name}.log").open("ab") as log:
             command = [str(self.python), *map(str, args)]
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
-            return subprocess.Popen(command, cwd=self.folder, env=self.environment(url), stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment(url), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+            )
+        assert process.stdin is not None
+        with process.stdin:
+            process.stdin.write(typed.encode())
+        return process
 
-    def run(self, name: str, *args: object, patience: float = 900.0, url: str | None = None) -> float:
+    def run(self, name: str, *args: object, patience: float = 900.0, url: str | None = None, typed: str = "") -> float:
         """Run to the end and return the seconds.
 
         Raises:
             AssertionError: it failed, or did not end in time.
         """
         clock = time.monotonic()
-        process = self.start(name, *args, url=url)
+        process = self.start(name, *args, url=url, typed=typed)
         try:
             code = process.wait(patience)
         except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from client import CLIENTS, Stage, last_line, read_lines
+
 from server import Server
 
 STEPS = 20
@@ -19,20 +20,23 @@ KILLED_BEHIND = (3, 10, 11)
 def restart(stage: Stage) -> dict[str, Any]:
     """kill -9 in the middle of a running loop, and the same port and home again: the client goes on, to the same numbers."""
     server = Server(stage.logs.parent / "home-restart", stage.logs / "server-restart.log")
+    clients: list[subprocess.Popen[bytes]] = []
+    down: list[float] = []
     try:
         server.start()
-        wanted = finish(stage, start_loop(stage, "restart_alone", server.url), "restart_alone")
-        process = start_loop(stage, "restart_killed", server.url)
-        down = []
+        clients.append(start_loop(stage, "restart_alone", server.url))
+        wanted = finish(stage, clients[0], "restart_alone")
+        clients.append(start_loop(stage, "restart_killed", server.url))
         for step in KILLED_BEHIND:
-            wait_for_lines(stage, process, "restart_killed", step + 1)
+            wait_for_lines(stage, clients[1], "restart_killed", step + 1)
             server.kill()
             clock = time.monotonic()
             time.sleep(1.0)
             server.start()
             down.append(time.monotonic() - clock)
-        found = finish(stage, process, "restart_killed")
+        found = finish(stage, clients[1], "restart_killed")
     finally:
+        end(clients)
         server.stop()
     compare(found, wanted, "the interrupted run")
     return {"kills": len(down), "steps": len(found), "longest_seconds_down": max(down)}
@@ -44,10 +48,12 @@ def tenants(stage: Stage) -> dict[str, Any]:
     url = stage.server.url
     wanted = finish(stage, start_loop(stage, "tenants_alone", url), "tenants_alone")
     vandals = {name: start_vandal(stage, name, stop, *more) for name, more in {"vandal": (), "vandal_killed": ("--flood",)}.items()}
+    clients = list(vandals.values())
     try:
         for name, vandal in vandals.items():
             wait_for_lines(stage, vandal, name, 1)
         process = start_loop(stage, "tenants_beside", url)
+        clients.append(process)
         wait_for_lines(stage, process, "tenants_beside", STEPS // 2)
         vandals["vandal_killed"].send_signal(signal.SIGKILL)
         found = finish(stage, process, "tenants_beside")
@@ -56,9 +62,7 @@ def tenants(stage: Stage) -> dict[str, Any]:
         said = read_lines(lines_of(stage, "vandal"))
         assert code == 0, said[-1].get("error") if said else last_line(stage.logs / "vandal.log")
     finally:
-        for vandal in vandals.values():
-            if vandal.poll() is None:
-                vandal.kill()
+        end(clients)
     compare(found, wanted, "the run beside vandals")
     return {"steps": len(found), "refused": said[-1]["refused"], "rounds_of_garbage": said[-1]["rounds"]}
 
@@ -79,6 +83,14 @@ def start_vandal(stage: Stage, name: str, stop: Path, *more: str) -> subprocess.
     stop.unlink(missing_ok=True)
     lines_of(stage, name).unlink(missing_ok=True)
     return stage.start(name, CLIENTS / "vandal.py", "--stop", stop, "--lines", lines_of(stage, name), *more)
+
+
+def end(clients: list[subprocess.Popen[bytes]]) -> None:
+    """Whoever still runs, because something failed before it was done."""
+    for client in clients:
+        if client.poll() is None:
+            client.kill()
+            client.wait()
 
 
 def wait_for_lines(stage: Stage, process: subprocess.Popen[bytes], name: str, count: int, patience: float = 300.0) -> None:

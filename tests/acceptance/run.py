@@ -20,8 +20,9 @@ import failures
 import recipes
 import serving
 from client import CLIENTS, Stage
-from server import Server
 from workplace import ROOT, ensure_clients, make_folder
+
+from server import Server
 
 PLACE = ROOT / ".bench/acceptance"
 Figures = dict[str, Any]

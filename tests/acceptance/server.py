@@ -13,8 +13,9 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-ALIASES = {"Qwen/Qwen3-8B": "nano", "Qwen/Qwen3.5-9B-Base": "nano"}
-"""Names that the recipes know a renderer for -> what answers under them."""
+NAMES = ("Qwen/Qwen3-8B", "Qwen/Qwen3.5-9B-Base", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.6-35B-A3B")
+ALIASES = dict.fromkeys(NAMES, "nano")
+"""Names that the recipes know a renderer for, or ask for of themselves -> what answers under them."""
 
 
 def command_of(port: int, aliases: Mapping[str, str]) -> list[str]:

@@ -100,7 +100,7 @@ def test_gradient_that_is_not_finite_is_refused(huge: float) -> None:
     before = row_bytes(engine, "x")
     bad = dataclasses.replace(datum(9), advantages=np.full(9, huge, np.float32))
     engine.forward_backward("x", [bad], "importance_sampling").result()
-    with pytest.raises(RunError, match="finite"):
+    with pytest.raises(RequestError, match="finite"):
         engine.optim_step("x", AdamParams(1e-2)).result()
     assert row_bytes(engine, "x") == before
     engine.forward_backward("x", [datum(9)], "cross_entropy")
@@ -114,7 +114,7 @@ def test_moments_that_overflow_are_refused(size: float) -> None:
     rows, slot = rows_with(torch.ones(3))
     rows.grads[slot, 1] = size
     (refused,) = rows.adam([slot], [AdamParams(beta2=0.5)])
-    assert isinstance(refused, RunError)
+    assert isinstance(refused, RequestError)
     assert torch.equal(rows.training[slot], torch.ones(3))
     assert not any(t[slot].any() for t in (rows.m, rows.v, rows.grads))
     assert rows.steps[slot] == 0

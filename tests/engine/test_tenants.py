@@ -10,7 +10,7 @@ import pytest
 from engine_tools import add_random_adapter, count_passes, datum, row_bytes, wide_engine
 
 from veneer.engine import LocalEngine
-from veneer.types import AdamParams, DataError, Datum, LoraConfig, RunError
+from veneer.types import AdamParams, DataError, Datum, LoraConfig, RequestError
 
 STEP = AdamParams(learning_rate=1e-2, weight_decay=0.1)
 NAMES = ("a", "bad", "b", "c")
@@ -111,7 +111,7 @@ def test_a_step_that_ruins_its_weights_changes_nothing(kind: str, names: tuple[s
     steps = {name: engine.optim_step(name, wrong if name == "bad" else STEP) for name in names}
     wanted = {name: alone.optim_step(name, STEP).result() for name in good}
     assert {name: steps[name].result() for name in good} == wanted
-    with pytest.raises(RunError, match=r"nothing was changed but the gradient dropped\. (Lower|Give)") as caught:
+    with pytest.raises(RequestError, match=r"nothing was changed but the gradient dropped\. (Lower|Give)") as caught:
         steps["bad"].result()
     assert "\n" not in str(caught.value)
     assert row_bytes(engine, "bad") == before
@@ -139,7 +139,7 @@ def test_a_gradient_that_overflows_stays_with_its_adapter() -> None:
     assert good.result().metrics == wanted.metrics
     failed, kept = engine.optim_step("bad", STEP), engine.optim_step("a", STEP)
     assert kept.result() == alone.optim_step("a", STEP).result()
-    with pytest.raises(RunError, match="gradient is not finite"):
+    with pytest.raises(RequestError, match="gradient is not finite"):
         failed.result()
     assert state_bytes(engine, "a") == state_bytes(alone, "a")
     assert state_bytes(engine, "bad") == before

@@ -116,6 +116,8 @@ def process(folder: Path, *arguments: str) -> Generator[Server, None, None]:
         until(lambda: answers(server))
         yield server
     finally:
+        code = running.poll()
+        assert code is None, f"the server ended by itself, with {code}:\n{err.read_text()[-2000:]}"
         running.send_signal(signal.SIGTERM)
         try:
             running.wait(20)

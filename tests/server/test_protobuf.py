@@ -35,7 +35,7 @@ def message(run: str, seq: int, loss: str = "ppo", datums: int = 2) -> Any:
         for tokens in ([1, 2], [3]):
             datum.model_input.add().encoded_text.tokens = np.array(tokens, "<i4").tobytes()
         fill(datum, "target_tokens", np.array([2, 3, 4 + i], "<i8"))
-        for name in ("weights", "logprobs", "advantages", "sequence_ratio_mask"):
+        for name in ("weights", "logprobs", "advantages", *(["sequence_ratio_mask"] if loss == "gspo" else [])):
             fill(datum, name, np.full(3, -0.5, "<f4"))
     return request
 

@@ -99,6 +99,7 @@ REPRESENTED: dict[str, dict[str, Any]] = {
     "rsLoRA whose ranks and alphas give one scale": {"use_rslora": True, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 4}},
     "ranks and alphas in step": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 6}},
     "an alpha that is no short float": {"r": 3, "lora_alpha": 16 / 3, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"q_proj": 32 / 3}},
+    "alphas that even out the scales, as EVA rounds them": {"r": 3, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 40 / 3}},
     "some layers": {"layers_to_transform": [0, 2]},
     "one layer": {"layers_to_transform": 1, "layers_pattern": "layers"},
     "targets by a regular expression": {"target_modules": r".*layers\.[13]\..*(q|v)_proj"},

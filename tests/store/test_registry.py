@@ -22,7 +22,7 @@ from store_tools import make, same
 
 from veneer.store.adapters import read_adapter, read_manifest
 from veneer.store.entry import Entry, Score, check_compatible
-from veneer.store.index import METADATA
+from veneer.store.index import LABELS, METADATA
 from veneer.store.registry import Registry, as_parent
 from veneer.types import AdapterError, ConfigError, StorageError
 
@@ -180,7 +180,7 @@ def test_by_digest(registry: Registry) -> None:
         ("x@one", "no version 'one' and no label of that name; it has 1, and the labels beta"),
         ("x@" + "9" * 5000, "it has 1"),
         ("a/b", "no adapter folder a/b"),
-        ("../../etc", "no adapter folder"),
+        ("../nowhere/at/all", "no adapter folder"),
         ("/etc", "no Veneer adapter"),
     ],
 )
@@ -246,6 +246,21 @@ def test_promote_and_rollback(registry: Registry) -> None:
     assert registry.rollback("x").version == 1
     assert [version for _, version in registry.history("x")] == [1, 2, 3, 2, 1, 4, 1]
     assert registry.labels("y") == {}
+
+
+def test_rollback_steps_over_what_is_forgotten(registry: Registry) -> None:
+    """Also from a label that was taken away with its version."""
+    for value in (0.1, 0.2, 0.3):
+        version = registry.put("x", make(value), {})
+        registry.promote("x", version)
+    registry.forget("x@2")
+    assert registry.rollback("x").version == 1
+    registry.promote("x", 3)
+    registry.forget("x@3")
+    assert (registry.labels("x"), [v for _, v in registry.history("x")]) == ({}, [1, 2, 3, 1, 3, None])
+    assert registry.rollback("x").version == 1
+    with pytest.raises(AdapterError, match="no other version before"):
+        registry.rollback("x")
 
 
 @pytest.mark.parametrize("label", ["3", "", "a b", "a@b", "é", "x" * 65, "-x"])
@@ -424,6 +439,46 @@ def test_labels_move_while_others_read(registry: Registry) -> None:
     assert len(registry.history("x")) == 61
 
 
+PROMOTE = """
+import sys
+from veneer.store.registry import Registry
+registry = Registry()
+sys.stdin.readline()
+for i in range(15):
+    registry.index.promote("x", int(sys.argv[2 + i % 2]), "live")
+"""
+
+
+def test_moves_of_one_label_wait_for_each_other(registry: Registry) -> None:
+    """Four processes promote at once: each move stands on the one before it, so that rollbacks find every step."""
+    for i in range(8):
+        registry.put("x", make(0.1 * (i + 1)), {})
+    at_once(PROMOTE, *[[str(2 * i + 1), str(2 * i + 2)] for i in range(4)])
+    with registry.index.engine.connect() as connection:
+        moves = connection.execute(sa.select(LABELS.c.id, LABELS.c.back_to).order_by(LABELS.c.id)).all()
+    assert len(moves) > 50
+    assert [back for _, back in moves] == [None, *(number for number, _ in moves[:-1])]
+
+
+def test_an_answer_is_of_one_moment(registry: Registry, url: str | None) -> None:
+    """A version is put and promoted between two queries of a reader, who must not end up with a third one that nobody promoted."""
+    if url is None:
+        pytest.skip("SQLite holds writers off while somebody reads")
+    for value in (0.1, 0.2):
+        registry.put("x", make(value), {})
+    registry.promote("x", 1)
+    other, moved = Registry(), []
+
+    @sa.event.listens_for(registry.index.engine, "after_cursor_execute")
+    def after(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM adapter_versions" in statement and not moved:
+            moved.append(True)
+            other.promote("x", other.put("x", make(0.3), {}))
+
+    assert (registry.resolve("x").version, registry.resolve("x").version) == (1, 3)
+    assert moved
+
+
 # ---------------------------------------------------------------- another database
 
 
@@ -437,6 +492,14 @@ def test_another_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VENEER_REGISTRY", elsewhere)
     assert Registry().names() == ["x"]
     assert Registry(url=f"sqlite:///{tmp_path / 'third.sqlite'}").names() == []
+
+
+def test_a_home_of_any_name(tmp_path: Path) -> None:
+    """Paths are not URLs: what would end one is part of a name."""
+    home = tmp_path / "a b?c=d#e%20é"
+    Registry(home).put("x", make(), {})
+    assert (home / "adapters/index.sqlite").is_file()
+    assert Registry(home).names() == ["x"]
 
 
 @pytest.mark.parametrize(

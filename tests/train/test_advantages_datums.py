@@ -136,7 +136,7 @@ def test_supervised_loss_is_on_the_answer_alone(prompt: list[int], answer: list[
 def test_datum_refuses_ragged_arrays() -> None:
     """Arrays of different lengths would be padded into nonsense."""
     i, f = np.zeros(3, np.int64), np.zeros(3, np.float32)
-    with pytest.raises(DataError, match="one length"):
+    with pytest.raises(DataError, match="one shape"):
         Datum(i, i, f, f, f[:2])
-    with pytest.raises(DataError, match="at least 1"):
+    with pytest.raises(DataError, match="at least one entry"):
         Datum(i[:0], i[:0], f[:0], f[:0], f[:0])

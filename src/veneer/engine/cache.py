@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.engine import compiled
@@ -41,8 +42,9 @@ def capacity_for(length: int) -> int:
 class Bank:
     """Slots of one capacity."""
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.capacity, self.device = capacity, device
+    def __init__(self, capacity: int, device: torch.device, most: int | None = None) -> None:
+        """``most``: slots that there may be; None: as many as are claimed."""
+        self.capacity, self.device, self.most = capacity, device, most
         self.slots = 0
         self.free: list[int] = []
         self.keys: dict[int, Tensor] = {}
@@ -66,7 +68,9 @@ class Bank:
     def claim(self, count: int) -> list[int]:
         """``count`` slots, the lowest that are free."""
         if len(self.free) < count:
-            grown = max(count - len(self.free), self.slots // 2, 2)
+            short = count - len(self.free)
+            grown = max(short, self.slots // 2, 2)
+            grown = grown if self.most is None else max(short, min(grown, self.most - self.slots))
             self.free += range(self.slots, self.slots + grown)
             self.slots += grown
             self._arrays.clear()
@@ -111,6 +115,13 @@ class Bank:
                 if layer not in theirs:
                     theirs[layer] = old.new_zeros(target.slots, old.shape[1], target.capacity, old.shape[3])
                 theirs[layer][:, :, : self.capacity].index_copy_(0, places, old[slots])
+
+
+def copy_positions(source: Bank, places: np.ndarray, target: Bank, to: np.ndarray, length: int) -> None:
+    """Keys and values of ``length`` positions from each of some places to others, on a CPU in float32. Both int64 [n, 2]: slots, and the
+    first positions in them."""
+    for layer in source.keys if len(places) else ():
+        compiled.copy_positions(*source.arrays(layer, source), places, *target.arrays(layer, source), to, length)
 
 
 @dataclass
@@ -175,6 +186,8 @@ class Shared:
     slot: int
     length: int
     readers: int
+    known: int = 0
+    """Positions from the first on that were there before it was read."""
 
 
 @dataclass
@@ -214,22 +227,68 @@ class Fill:
     length: int
     bank: Bank
     slots: Tensor
+    first: int = 0
+    """Their position in the prompt."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Positions of prompts, in one bank, whose keys and values were there before the pass: int64 [n] each."""
+
+    bank: Bank
+    slots: Tensor
+    positions: Tensor
+    places: Tensor
+    """In a line of whole prompts."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Makes the line of a pass that reads only the ends of some prompts one of whole prompts, so that attention takes each prompt in the
+    pieces in which it would take all of it."""
+
+    length: int
+    read: Tensor
+    """int64 [tokens]: the places of what the pass reads."""
+    known: Sequence[Known]
+
+    def queries(self, q: Tensor) -> Tensor:
+        """Zeros for what was read before."""
+        return q.new_zeros(self.length, *q.shape[1:]).index_copy_(0, self.read, q[: len(self.read)])
+
+    def stored(self, new: Tensor, stores: Sequence[Tensor]) -> Tensor:
+        """Keys, or values; ``stores``: those of the banks."""
+        whole = new.new_empty(self.length, *new.shape[1:]).index_copy_(0, self.read, new[: len(self.read)])
+        for known, store in zip(self.known, stores, strict=True):
+            whole.index_copy_(0, known.places, store.transpose(1, 2)[known.slots, known.positions])
+        return whole
+
+    def ends(self, out: Tensor, line: int) -> Tensor:
+        """Of the pass's tokens, filled up to its line."""
+        return F.pad(out.index_select(0, self.read), (0, 0, 0, 0, 0, line - len(self.read)))
 
 
 @dataclass
 class PromptLayout:
-    """Whole prompts that start."""
+    """Prompts that start."""
 
     prompts: Ragged
+    """All of them whole."""
     fills: Sequence[Fill]
+    whole: Whole | None = None
+    """None: the pass reads all of all of them."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
         for fill in self.fills:
             here = slice(fill.start, fill.start + fill.length)
             for new, stored in zip((k[here], v[here]), fill.bank.stored(score.layer, k), strict=True):
                 copies = new.transpose(0, 1).expand(len(fill.slots), -1, -1, -1)
-                stored[:, :, : fill.length].index_copy_(0, fill.slots, copies)
-        return self.prompts.attend(q, k, v, score)
+                stored[:, :, fill.first : fill.first + fill.length].index_copy_(0, fill.slots, copies)
+        if self.whole is None:
+            return self.prompts.attend(q, k, v, score)
+        stores = [known.bank.stored(score.layer, k) for known in self.whole.known]
+        keys, values = (self.whole.stored(new, [store[i] for store in stores]) for i, new in enumerate((k, v)))
+        return self.whole.ends(self.prompts.attend(self.whole.queries(q), keys, values, score), len(q))
 
 
 @dataclass

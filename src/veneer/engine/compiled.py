@@ -366,6 +366,17 @@ def _weigh(weights, values, y):
         t += 1
 
 
+@_loop
+def copy_positions(keys, values, places, to_keys, to_values, to, length):
+    """Keys and values [slots, kv_heads, capacity, dim] of ``length`` positions each. Places int64 [n, 2]: slot and first position."""
+    for i in range(places.shape[0]):
+        slot, first, to_slot, to_first = places[i, 0], places[i, 1], to[i, 0], to[i, 1]
+        for h in range(keys.shape[1]):
+            for t in range(length):
+                _copy(keys[slot, h, first + t], to_keys[to_slot, h, to_first + t])
+                _copy(values[slot, h, first + t], to_values[to_slot, h, to_first + t])
+
+
 # ---------------------------------------------------------------- thin adapters
 
 

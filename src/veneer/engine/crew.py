@@ -18,9 +18,10 @@ from veneer.engine import compiled
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.base import Base, Head
 from veneer.engine.batch import Batch
-from veneer.engine.cache import AHEAD, Bank, Fill, PromptLayout, Shared, StepLayout, capacity_for
+from veneer.engine.cache import AHEAD, Bank, Fill, Known, PromptLayout, Shared, StepLayout, Whole, capacity_for
 from veneer.engine.draws import Chooser, Drawn, uniforms
 from veneer.engine.flat import Flat, Segment, filled, runs
+from veneer.engine.prefixes import Prefixes
 from veneer.engine.request import Acting, Completion, SampleRequest
 from veneer.engine.scores import score_prompt
 from veneer.types import RunError
@@ -42,6 +43,11 @@ class Weights(Protocol):
     gradient_checkpointing: bool
 
     @property
+    def repeats_prompts(self) -> bool:
+        """Whether reading the end of a prompt behind keys that are there gives the bits of reading all of it."""
+        ...
+
+    @property
     def steps_alone(self) -> bool:
         """Whether a decoding step leaves the interpreter to others most of the time, so that two of them side by side pay."""
         ...
@@ -59,8 +65,8 @@ def _rank(acting: Acting) -> int:
 
 
 class Crew:
-    def __init__(self, base: Base, weights: Weights) -> None:
-        self.base, self.weights = base, weights
+    def __init__(self, base: Base, weights: Weights, prefixes: Prefixes) -> None:
+        self.base, self.weights, self.prefixes = base, weights, prefixes
         self.shares = compiled.runs_on(next(base.model.parameters()))
         """Completions read their prompt's keys where they are."""
         self.banks: dict[int, Bank] = {}
@@ -113,8 +119,10 @@ class Crew:
             bank = self._bank(capacity_for(length))
             (slot,) = bank.claim(1)
             shared, length = Shared(bank, slot, length, len(rows)), 0
+            if self.weights.repeats_prompts and not any(row.request.wish for row in rows):
+                shared.known = self.prefixes.recall(rows[0].request, bank, slot)
             for row in rows:
-                row.shared = shared
+                row.shared, row.known = shared, shared.known
         self._settle(rows, capacity_for(length + ahead))
 
     # ------------------------------------------------ passes
@@ -138,6 +146,7 @@ class Crew:
             for row in {row.request: row for row in fresh}.values():
                 if row.request.scores is not None and not row.request.scores.finite(row.request.wish):
                     self._fail(row)
+            self._keep(self.starting)
             self.starting = []
             ending |= {row.request: None for row in fresh if not row.budget}
             for row in fresh:
@@ -190,39 +199,62 @@ class Crew:
         return self.weights.infer(flat, lambda hidden, head: batch.choose.draw(head(hidden, 0), batch.draws[batch.step]), published=True)
 
     def _read(self, started: list[list[Completion]]) -> Drawn:
-        """Run the model on the prompts of the rows that start, and draw their first tokens."""
-        device, at = self.base.device, 0
-        lines, segments, wanted = list[Row](), list[Segment](), list[int]()
+        """Run the model on the prompts of the rows that start, or on what is not known of them, and draw their first tokens."""
+        device, at, line = self.base.device, 0, 0
+        rows, fills, segments, wanted, read = list[Row](), list[Fill](), list[Segment](), list[int](), list[int]()
         scored = [any(row.request.wish for row in group) for group in started]
         for group, all_of_it in zip(started, scored, strict=True):
-            request = group[0].request
+            request, known = group[0].request, 0 if group[0].shared is None else group[0].shared.known
             length = len(request.prompt)
             first = 0 if all_of_it else length - 1
-            lines.append(Row(at, length))
             for span in request.spans:
-                segments.append(Segment(span.acting.slot, span.stop - span.start, max(0, span.stop - max(first, span.start))))
-            wanted += range(at + first, at + length)
-            at += length
-        fills = [fill for group, line in zip(started, lines, strict=True) for fill in self._fills(group, line)]
+                places = max(0, span.stop - max(first, span.start))
+                segments.append(Segment(span.acting.slot, max(0, span.stop - max(known, span.start)), places))
+            fills += self._fills(group, line, length - known, known)
+            wanted += range(line + first - known, line + length - known)
+            read += range(at + known, at + length)
+            rows.append(Row(at, length))
+            at, line = at + length, line + length - known
+        tokens = np.concatenate([group[0].request.prompt for group in started])
+        positions = np.concatenate([np.arange(row.length) for row in rows])
         flat = Flat(
-            filled(np.concatenate([group[0].request.prompt for group in started]).tolist(), device),
-            filled([i for line in lines for i in range(line.length)], device),
-            PromptLayout(Ragged(lines, device, self.base.window), fills),
+            filled(tokens[read].tolist(), device),
+            filled(positions[read].tolist(), device),
+            PromptLayout(Ragged(rows, device, self.base.window), fills, None if line == at else self._whole(started, rows, read)),
             runs(segments),
             torch.tensor(wanted, device=device),
         )
         return self.weights.infer(flat, lambda hidden, head: self._start_drawing(hidden, head, started, scored), published=True)
 
-    def _fills(self, group: list[Completion], line: Row) -> list[Fill]:
-        """Where a prompt's keys and values go."""
+    def _whole(self, started: list[list[Completion]], rows: Sequence[Row], read: Sequence[int]) -> Whole:
+        """``rows``: the prompts in a line of whole ones; ``read``: the places in it that the pass reads."""
+        by_bank: dict[int, tuple[Bank, list[tuple[int, int, int]]]] = {}
+        for group, row in zip(started, rows, strict=True):
+            shared = group[0].shared
+            assert shared is not None
+            places = by_bank.setdefault(id(shared.bank), (shared.bank, []))[1]
+            places += [(shared.slot, position, row.start + position) for position in range(shared.known)]
+        known = [Known(bank, *torch.tensor(places).T.contiguous()) for bank, places in by_bank.values() if places]
+        return Whole(rows[-1].start + rows[-1].length, torch.tensor(read), known)
+
+    def _fills(self, group: list[Completion], start: int, length: int, first: int) -> list[Fill]:
+        """Where keys and values of a prompt go, from its position ``first`` on; they are at ``start`` in the pass's line."""
         shared = group[0].shared
         if shared is not None:
-            return [Fill(line.start, line.length, shared.bank, torch.tensor([shared.slot]))]
+            return [Fill(start, length, shared.bank, torch.tensor([shared.slot]), first)]
         homes: dict[int, tuple[Bank, list[int]]] = {}
         for row in group:
             assert row.bank is not None
             homes.setdefault(id(row.bank), (row.bank, []))[1].append(row.place)
-        return [Fill(line.start, line.length, bank, torch.tensor(places, device=self.base.device)) for bank, places in homes.values()]
+        return [Fill(start, length, bank, torch.tensor(places, device=self.base.device)) for bank, places in homes.values()]
+
+    def _keep(self, started: list[list[Completion]]) -> None:
+        """Let prompts that begin like these find them."""
+        for group in started if self.weights.repeats_prompts else ():
+            shared = group[0].shared
+            assert shared is not None
+            if not group[0].spoilt:
+                self.prefixes.keep(group[0].request, shared.bank, shared.slot)
 
     def _start_drawing(self, hidden: Tensor, head: Head, started: list[list[Completion]], scored: list[bool]) -> Drawn:
         """Score the prompts that are to be scored, and choose the first tokens of the rows."""

@@ -128,7 +128,12 @@ class LocalEngine:
 
     def _forget(self, name: str) -> None:
         self._stack.remove(self._slot(name).slot)
-        del self._slots[name]
+        self._drop_prefixes(self._slots.pop(name).published)
+
+    def _drop_prefixes(self, adapter: Adapter | None) -> None:
+        """Nobody samples from these weights any more, or not under this name."""
+        if adapter is not None and all(slot.published is None or slot.published.digest != adapter.digest for slot in self._slots.values()):
+            self._sampler.prefixes.drop(adapter.digest)
 
     def _slot(self, name: str) -> _Slot:
         if name not in self._slots:
@@ -241,9 +246,9 @@ class LocalEngine:
         norms = rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, params), norm, old in zip(ready, norms, before, strict=True):
             slot.pending_tokens = 0
-            if not isinstance(norm, RunError) and norm > 0 < params.learning_rate and torch.equal(old, rows.training[slot.slot]):
+            if not isinstance(norm, Exception) and norm > 0 < params.learning_rate and torch.equal(old, rows.training[slot.slot]):
                 norm = AttestationError(NOTHING_MOVED)
-            if isinstance(norm, RunError):
+            if isinstance(norm, Exception):
                 request.future.set_error(norm)
                 continue
             slot.version += 1
@@ -277,7 +282,9 @@ class LocalEngine:
     def _publish(self, name: str) -> Adapter:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
+        before = slot.published
         slot.published = self._describe(name, self._stack.rows.published)  # of what will be sampled, not of what was meant
+        self._drop_prefixes(before)
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
 
@@ -447,6 +454,7 @@ class LocalEngine:
             scores.top,
             scores.targets,
             row.switches,
+            row.known,
         )
 
     def _run_passes(self, requests: list[Request]) -> None:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class FullStack:
     """Every fully fine-tuned copy of an engine. The base itself stays frozen and is what slot None runs."""
 
-    mixes_slots = steps_alone = gradient_checkpointing = False
+    mixes_slots = steps_alone = repeats_prompts = gradient_checkpointing = False
 
     def __init__(self, base: Base) -> None:
         self.base = base

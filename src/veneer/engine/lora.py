@@ -127,6 +127,12 @@ class LoraStack:
         """Whether two decoding steps run side by side without waiting for the interpreter most of the time."""
         return self.fused is not None and self.fused.steps is not None
 
+    @property
+    def repeats_prompts(self) -> bool:
+        """In the written-out layers on a CPU, where a position's rotation depends on nothing else and attention takes a row in pieces that
+        its length decides."""
+        return self.steps_alone
+
     # ------------------------------------------------ slots
 
     def create(self, config: LoraConfig | None) -> int:

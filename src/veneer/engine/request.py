@@ -35,6 +35,11 @@ class Span:
     stop: int
     acting: Acting
 
+    @property
+    def digest(self) -> str | None:
+        """What the weights are called by their content; None: the base's."""
+        return None if self.acting.adapter is None else self.acting.adapter.digest
+
 
 @dataclass(eq=False)
 class SampleRequest:
@@ -124,6 +129,8 @@ class Completion:
     """Its slot in the bank."""
     shared: Shared | None = None
     """Where the keys of its prompt are, if not in the bank."""
+    known: int = 0
+    """Tokens of the prompt whose keys were there already."""
     turn: int = field(init=False)
     """Who acts now, by number in ``request.acting``."""
     since: int = 0

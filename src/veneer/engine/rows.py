@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.types import AdamParams, RunError
+from veneer.types import AdamParams, RequestError
 
 FIELDS = ("training", "published", "grads", "m", "v")
 LARGEST = 1e6
@@ -53,7 +53,7 @@ class Rows:
     def publish(self, slot: int) -> None:
         self.published[slot].copy_(self.training[slot])
 
-    def adam(self, slots: Sequence[int], params: Sequence[AdamParams]) -> list[float | RunError]:
+    def adam(self, slots: Sequence[int], params: Sequence[AdamParams]) -> list[float | RequestError]:
         """One AdamW step with bias correction (Kingma & Ba, https://arxiv.org/abs/1412.6980, algorithm 1; decoupled decay)
         for several slots in one go, each with its own settings. Clears the gradients and returns their L2 norms before
         clipping. A row whose gradient or new weights would not be finite, or with a weight beyond ``LARGEST``, keeps its
@@ -62,12 +62,12 @@ class Rows:
         norms = [float(torch.linalg.vector_norm(self.grads[slot])) for slot in slots]  # row by row: a sum over rows rounds otherwise
         finite = [(s, p, n) for s, p, n in zip(slots, params, norms, strict=True) if n < float("inf")]
         refused = self._update([s for s, _, _ in finite], [p for _, p, _ in finite], [n for _, _, n in finite]) if finite else {}
-        refused |= {slot: RunError(NOT_FINITE) for slot, norm in zip(slots, norms, strict=True) if not norm < float("inf")}
+        refused |= {slot: RequestError(NOT_FINITE) for slot, norm in zip(slots, norms, strict=True) if not norm < float("inf")}
         for slot in slots:
             self.grads[slot].zero_()
         return [refused.get(slot, norm) for slot, norm in zip(slots, norms, strict=True)]
 
-    def _update(self, slots: list[int], params: list[AdamParams], norms: list[float]) -> dict[int, RunError]:
+    def _update(self, slots: list[int], params: list[AdamParams], norms: list[float]) -> dict[int, RequestError]:
         """The new rows are made beside the old ones, which they replace where they are sound; why not, by slot, where they are not."""
 
         def column(values: Sequence[float]) -> Tensor:
@@ -86,7 +86,7 @@ class Rows:
         change = (v * debias).sqrt_().add_(column([p.eps for p in params]))
         torch.div(m, change, out=change).mul_(rate)
         w = (self.training[at] * column([1 - p.learning_rate * p.weight_decay for p in params])).sub_(change)
-        refused: dict[int, RunError] = {}
+        refused: dict[int, RequestError] = {}
         for i, (slot, settings) in enumerate(zip(slots, params, strict=True)):
             low, high = torch.aminmax(w[i])  # NaN if any is; the norm of infinity took ten times as long
             largest = float(torch.maximum(-low, high))
@@ -94,7 +94,7 @@ class Rows:
                 self.training[slot], self.m[slot], self.v[slot] = w[i], m[i], v[i]
                 self.steps[slot] += 1
             else:
-                refused[slot] = RunError(_why(largest, settings))
+                refused[slot] = RequestError(_why(largest, settings))
         return refused
 
 

@@ -12,6 +12,7 @@ from veneer.engine.crew import Crew, Weights
 from veneer.engine.draws import sequence_key
 from veneer.engine.lanes import Lanes
 from veneer.engine.memory import out_of_memory
+from veneer.engine.prefixes import Prefixes
 from veneer.engine.request import Completion, SampleRequest
 
 ROWS = {"cpu": 512, "cuda": 1024}
@@ -36,11 +37,12 @@ class Sampler:
         """Requests that cannot be answered, for the engine to take away."""
         self._starting: dict[tuple[object, ...], list[Completion]] = {}
         """Rows that the step at hand lets in, by the key of their prompt."""
+        self.prefixes = Prefixes(base)
         self._muster()
 
     def _muster(self) -> None:
         """Fresh crews, one for each thread if that pays."""
-        self.crews = [Crew(self.base, self.weights) for _ in range(self._side_by_side)]
+        self.crews = [Crew(self.base, self.weights, self.prefixes) for _ in range(self._side_by_side)]
 
     @property
     def _side_by_side(self) -> int:

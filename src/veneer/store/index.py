@@ -104,7 +104,7 @@ TOMBSTONES = sa.Table(
 class Index:
     """One database. Threads and processes share it; a forked child may use its parent's, as nothing stays open in between."""
 
-    def __init__(self, url: str, objects: Path) -> None:
+    def __init__(self, url: str | sa.URL, objects: Path) -> None:
         """``objects``: the folder in which entries have theirs.
 
         Raises:
@@ -113,7 +113,7 @@ class Index:
         try:
             self.url = sa.make_url(url)
         except ArgumentError as error:
-            raise ConfigError(f"the registry's URL {url!r} is no URL; write one such as postgresql://user@host/database") from error
+            raise ConfigError(f"the registry's URL {str(url)!r} is no URL; write one such as postgresql://user@host/database") from error
         try:
             sqlite = self.url.get_backend_name() == "sqlite"
             options: dict[str, Any] = {"connect_args": {"timeout": PATIENCE}} if sqlite else {}
@@ -127,7 +127,7 @@ class Index:
         self.objects = objects
         self.file = Path(self.url.database) if sqlite and self.url.database else None
         if sqlite and (self.file is None or self.file.name == ":memory:"):
-            raise ConfigError(f"the registry's URL {url!r} names no file; what is in memory is gone with its connection")
+            raise ConfigError(f"the registry's URL {self.shown} names no file; what is in memory is gone with its connection")
         self._ready, self._lock = False, threading.Lock()
 
     @property
@@ -139,13 +139,17 @@ class Index:
 
     @contextmanager
     def reading(self) -> Generator[sa.Connection | None, None, None]:
-        """None: there is no database yet, and looking makes none."""
+        """One moment of the database, whatever others change meanwhile. None: there is no database yet, and looking makes none."""
         if self.file is not None and not self.file.is_file():
             yield None
             return
         with self._errors():
             self._make_tables()
             with self.engine.connect() as connection:
+                if self.file is not None:
+                    connection.exec_driver_sql("BEGIN")  # Python's driver begins nothing for a SELECT
+                else:
+                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
                 yield connection
 
     @contextmanager
@@ -359,6 +363,11 @@ class Index:
                 return []
             rows = connection.execute(sa.select(TOMBSTONES).order_by(TOMBSTONES.c.id)).mappings()
             return [(row["id"], Tombstone(**{key: row[key] for key in row if key != "id"})) for row in rows]
+
+
+def sqlite_url(file: Path) -> sa.URL:
+    """Of an SQLite file, whatever characters its path has."""
+    return sa.URL.create("sqlite", database=str(file.absolute()))
 
 
 def _overwrite_what_is_deleted(connection: Any, _record: object) -> None:

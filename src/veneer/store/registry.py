@@ -34,7 +34,7 @@ from veneer.store.adapters import (
 from veneer.store.entry import Ancestor, Entry, Parent, Score, Tombstone, now, parents_of, scores_of
 from veneer.store.files import ASIDE, aside_folder, settle, veneer_home
 from veneer.store.forget import Children, Receipt, forget_all
-from veneer.store.index import VERSIONS, Index
+from veneer.store.index import VERSIONS, Index, sqlite_url
 from veneer.store.signature import KeyRing, canonical, check_signature, content_key, hash_files, read_table, write_signature
 from veneer.types import AdapterError, Checkpoint, in_one_line
 
@@ -59,8 +59,7 @@ class Registry:
         self.home = home or veneer_home()
         self.folder = self.home / "adapters"
         self.objects = self.folder / "objects"
-        default = f"sqlite:///{(self.folder / 'index.sqlite').absolute()}"
-        self.index = Index(url or os.environ.get("VENEER_REGISTRY") or default, self.objects)
+        self.index = Index(url or os.environ.get("VENEER_REGISTRY") or sqlite_url(self.folder / "index.sqlite"), self.objects)
         self.keys = KeyRing(self.home)
         self.require_signed = require_signed
         self._on_forget: list[Callable[[Tombstone], None]] = []

@@ -71,7 +71,9 @@ def without_optimizer_adam_starts_anew():
     first, with_moments = weights_of(fresh), train(resumed, data, 3, 1e-2)
     train(model, data, 3, 1e-2)
     same(logprobs_of(resumed, data), logprobs_of(model, data), "with the optimizer")
-    assert not all(torch.equal(tensor, weights_of(resumed)[name]) for name, tensor in first.items()), "the optimizer was loaded though not asked for"
+    assert not all(torch.equal(tensor, weights_of(resumed)[name]) for name, tensor in first.items()), (
+        "the optimizer was loaded though not asked for"
+    )
     assert with_moments
 
 
@@ -123,7 +125,11 @@ def names_and_kinds():
     assert state == f"tinker://{model.model_id}/weights/one", state
     assert sampler == f"tinker://{model.model_id}/sampler_weights/one", sampler
     assert external == f"tinker://{model.model_id}/external_weights/one", external
-    kinds = {"training": (state, "weights/one"), "sampler": (sampler, "sampler_weights/one"), "external": (external, "external_weights/one")}
+    kinds = {
+        "training": (state, "weights/one"),
+        "sampler": (sampler, "sampler_weights/one"),
+        "external": (external, "external_weights/one"),
+    }
     for kind, (path, identity) in kinds.items():
         found = there(path)
         assert (found.checkpoint_type, found.checkpoint_id, found.public) == (kind, identity, False), found
@@ -217,7 +223,10 @@ def peft_opens_external_weights():
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (5, 32, "LORA"), config
     opened = open_peft(folder)
-    apart = [close(lp, target_logprobs(opened, d).detach(), 1e-3, "PEFT and the trainer") for d, lp in zip(data, logprobs_of(model, data), strict=True)]
+    apart = [
+        close(lp, target_logprobs(opened, d).detach(), 1e-3, "PEFT and the trainer")
+        for d, lp in zip(data, logprobs_of(model, data), strict=True)
+    ]
     return {"peft_vs_trainer": max(apart)}
 
 

@@ -95,18 +95,18 @@ def refused(call: Callable[[], Any], *words: str, within: float = 20.0) -> str:
 
     A 4xx answer and a failed future of category "user" are both right; 409 and 429 are not, since the SDK tries those again.
     """
-    clock = time.monotonic()
+    clock, answer, failure = time.monotonic(), None, None
     try:
         answer = call()
-    except tinker.RequestFailedError as error:
-        assert error.category is types.RequestErrorCategory.User, f"category {error.category}: {error}"
-        message = str(error)
-    except tinker.APIStatusError as error:
-        assert error.status_code in (400, 403, 404, 410, 413, 422), f"status {error.status_code}: {error}"
-        message = str(error)
-    else:
-        raise AssertionError(f"it was not refused; the answer was {str(answer)[:200]}")
+    except (tinker.RequestFailedError, tinker.APIStatusError) as error:
+        failure = error
+    assert failure is not None, f"it was not refused; the answer was {str(answer)[:200]}"
     assert time.monotonic() - clock < within, f"refused only after {time.monotonic() - clock:.0f} s"
+    message = str(failure)
+    if isinstance(failure, tinker.RequestFailedError):
+        assert failure.category is types.RequestErrorCategory.User, f"category {failure.category}: {message}"
+    else:
+        assert failure.status_code in (400, 403, 404, 410, 413, 422), f"status {failure.status_code}: {message}"
     for word in words:
         assert word in message, f"the message does not name {word!r}: {message}"
     assert "Traceback" not in message, message
@@ -147,7 +147,8 @@ def row(rng: np.random.Generator, length: int) -> types.Datum:
 def datum(tokens: Any, targets: Any, **arrays: Any) -> types.Datum:
     """Position i reads ``tokens[i]`` and predicts ``targets[i]``."""
     return types.Datum(
-        model_input=types.ModelInput.from_ints([int(t) for t in tokens]), loss_fn_inputs={"target_tokens": np.asarray(targets, np.int64), **arrays}
+        model_input=types.ModelInput.from_ints([int(t) for t in tokens]),
+        loss_fn_inputs={"target_tokens": np.asarray(targets, np.int64), **arrays},
     )
 
 
@@ -177,7 +178,9 @@ def close(ours: Any, theirs: Any, tolerance: float, what: str) -> float:
 def http(method: str, path: str, body: Any = None, content_type: str = "application/json") -> tuple[int, Any]:
     """A call beside the SDK: status, and the JSON document or the bytes. ``body``: bytes as they are, anything else as JSON."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(environ["TINKER_BASE_URL"] + path, data, {"Content-Type": content_type, "X-API-Key": "tml-dummy"}, method=method)
+    request = urllib.request.Request(
+        environ["TINKER_BASE_URL"] + path, data, {"Content-Type": content_type, "X-API-Key": "tml-dummy"}, method=method
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             status, raw = response.status, response.read()

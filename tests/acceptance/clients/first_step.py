@@ -17,7 +17,9 @@ def main() -> None:
     imported = time.time()
     model = tinker.ServiceClient().create_lora_training_client("Qwen/Qwen3-8B", rank=8).result()
     created = time.time()
-    datum = types.Datum(model_input=types.ModelInput.from_ints([5, 6, 7]), loss_fn_inputs={"target_tokens": [6, 7, 8], "weights": [1.0, 1.0, 1.0]})
+    datum = types.Datum(
+        model_input=types.ModelInput.from_ints([5, 6, 7]), loss_fn_inputs={"target_tokens": [6, 7, 8], "weights": [1.0, 1.0, 1.0]}
+    )
     loss = model.forward_backward([datum], "cross_entropy")
     model.optim_step(types.AdamParams(learning_rate=1e-3)).result()
     done = time.time()

@@ -40,7 +40,9 @@ def near(model: tinker.TrainingClient, data: Sequence[types.Datum], seed: int, s
     return moved
 
 
-def compare(loss_fn: str, data: Sequence[types.Datum], config: dict[str, float], sent: dict[str, float] | None = None, seed: int = 20) -> float:
+def compare(
+    loss_fn: str, data: Sequence[types.Datum], config: dict[str, float], sent: dict[str, float] | None = None, seed: int = 20
+) -> float:
     """Value and gradient of a loss beside PEFT with autograd, on an adapter whose B is not zero; the largest relative error."""
     model = new_model(session, rank=4, seed=seed)
     train(model, rows(2, seed=seed), 3, 1e-2)
@@ -109,7 +111,10 @@ def weights_count_in_reinforcement_learning_too():
 def advantages_of_zero_are_no_error():
     """All zero: no gradient, and nothing moves."""
     model = new_model(session, seed=26)
-    data = [types.Datum(d.model_input, {**d.loss_fn_inputs, "advantages": np.zeros(d.model_input.length, np.float32)}) for d in policy_rows(2, seed=26)]
+    data = [
+        types.Datum(d.model_input, {**d.loss_fn_inputs, "advantages": np.zeros(d.model_input.length, np.float32)})
+        for d in policy_rows(2, seed=26)
+    ]
     before = logprobs_of(model, data)
     passed = model.forward_backward(data, "importance_sampling").result()
     close(passed.metrics["loss:sum"], 0.0, 1e-6, "loss of zero advantages")
@@ -205,6 +210,11 @@ if __name__ == "__main__":
     checks = [
         *(every_loss_and_its_gradient, settings_are_honoured, thresholds_may_differ_from_token_to_token),
         *(a_mask_says_what_a_sequence_ratio_is_a_mean_of, weights_count_in_reinforcement_learning_too, advantages_of_zero_are_no_error),
-        *(wrong_losses_are_refused, custom_loss_of_cross_entropy_is_cross_entropy, custom_losses_of_pairs_and_of_distributions, a_traced_loss_runs),
+        *(
+            wrong_losses_are_refused,
+            custom_loss_of_cross_entropy_is_cross_entropy,
+            custom_losses_of_pairs_and_of_distributions,
+            a_traced_loss_runs,
+        ),
     ]
     run_checks(checks, __doc__)

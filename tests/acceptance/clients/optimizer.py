@@ -83,7 +83,7 @@ def a_step_without_a_gradient_is_momentum():
 
 
 def numbers_that_are_none_are_refused():
-    """The SDK writes NaN and infinity as null; they must not become defaults. A refused step leaves weights, moments and gradient's end alone."""
+    """The SDK writes NaN and infinity as null; they must not become defaults. A refused step leaves no trace."""
     model, twin, data = new_model(session, seed=33), new_model(session, seed=33), rows(2, seed=33)
     bad = [{"learning_rate": value} for value in (float("nan"), float("inf"), -1.0)]
     bad += [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": -1.0}, {"weight_decay": float("nan")}, {"grad_clip_norm": -1.0}]

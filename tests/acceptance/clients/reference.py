@@ -110,4 +110,6 @@ def gradients_of(model: Any, data: Sequence[types.Datum], loss_fn: str, config: 
     """Of PEFT's parameters, by autograd."""
     model.zero_grad()
     loss_of(model, data, loss_fn, config).backward()
-    return {name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy().copy() for name, p in trained_parameters(model).items()}
+    return {
+        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy().copy() for name, p in trained_parameters(model).items()
+    }

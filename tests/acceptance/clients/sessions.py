@@ -8,7 +8,22 @@ import uuid
 from typing import Any
 
 import tinker
-from checks import BASE, CONTEXT, OTHER_NAME, Figures, close, datum, http, logprobs_of, new_model, refused, rows, run_checks, tokens_of, train
+from checks import (
+    BASE,
+    CONTEXT,
+    OTHER_NAME,
+    Figures,
+    close,
+    datum,
+    http,
+    logprobs_of,
+    new_model,
+    refused,
+    rows,
+    run_checks,
+    tokens_of,
+    train,
+)
 from tinker import types
 from tinker.proto import tinker_public_pb2 as wire
 from tinker.proto.request_conv import forward_backward_request_to_proto
@@ -112,7 +127,9 @@ class Raw:
         self.model = retrieve(post("create_model", **self.create)["request_id"])["model_id"]
 
     def pass_(self, seq: int, data: list[types.Datum]) -> str:
-        request = ForwardBackwardRequest(forward_backward_input=ForwardBackwardInput(data=data, loss_fn="cross_entropy"), model_id=self.model, seq_id=seq)
+        request = ForwardBackwardRequest(
+            forward_backward_input=ForwardBackwardInput(data=data, loss_fn="cross_entropy"), model_id=self.model, seq_id=seq
+        )
         body = forward_backward_request_to_proto(request).SerializeToString()
         status, answer = http("POST", "/api/v1/forward_backward", body, "application/x-protobuf")
         assert status == 200, answer

@@ -18,7 +18,7 @@ def fresh_model_is_the_base():
     """B starts at zero: log-probabilities of training, of the base's sampler and of transformers are one."""
     model, base = new_model(session), base_model()
     sampler = session.create_sampling_client(base_model=BASE).result()
-    tokens = tokens_of("27+94+38=?") + [159, END]
+    tokens = [*tokens_of("27+94+38=?"), 159, END]
     ours = logprobs_of(model, [datum(tokens[:-1], tokens[1:])])[0]
     sampled = np.array(sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result()[1:])
     apart = close(ours, sampled, 1e-3, "training and compute_logprobs")
@@ -152,7 +152,11 @@ def the_seed_decides_the_start():
 
 def flags_choose_what_is_trained():
     """Rank and the three switches reach the adapter; get_info says what was made."""
-    parts = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj"), "unembed": ("lm_head", "unembed")}
+    parts = {
+        "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "mlp": ("gate_proj", "up_proj", "down_proj"),
+        "unembed": ("lm_head", "unembed"),
+    }
     for chosen in (("attn",), ("mlp",), ("attn", "mlp"), ("attn", "mlp", "unembed")):
         flags = {f"train_{part}": part in chosen for part in parts}
         model = new_model(session, rank=3, seed=13, **flags)
@@ -192,7 +196,8 @@ def mistakes_are_refused_and_forgotten():
             except AssertionError as error:
                 raise AssertionError(f"{what}: {error}") from error
     picture = types.Datum(
-        model_input=types.ModelInput(chunks=[types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=4)]), loss_fn_inputs={"target_tokens": tokens}
+        model_input=types.ModelInput(chunks=[types.ImageChunk(data=b"\x89PNG", format="png", expected_tokens=4)]),
+        loss_fn_inputs={"target_tokens": tokens},
     )
     refused(lambda: model.forward_backward([picture], "cross_entropy").result())
     assert train(model, good, 3) == train(twin, good, 3), "a refused request left something behind"

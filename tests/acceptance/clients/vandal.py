@@ -73,7 +73,9 @@ def garbage(session: tinker.ServiceClient, model: tinker.TrainingClient) -> list
 
 def raw_garbage() -> None:
     for path in ("forward_backward", "optim_step", "asample", "save_weights"):
-        status, answer = http("POST", f"/api/v1/{path}", b"\x00\xff{[", "application/x-protobuf" if path == "forward_backward" else "application/json")
+        status, answer = http(
+            "POST", f"/api/v1/{path}", b"\x00\xff{[", "application/x-protobuf" if path == "forward_backward" else "application/json"
+        )
         assert 400 <= status < 500, (path, status, answer)
     raise tinker.RequestFailedError("all four were refused", "", types.RequestErrorCategory.User)
 

@@ -115,6 +115,11 @@ def alone(serving: Serving, messages: list[Message], checkpoint: Checkpoint | No
     return engine.sample(prompt, None if checkpoint is None else "it", params, n).result()
 
 
+def counts(told: Any) -> tuple[int, int, int]:
+    """Usage, but for what a cache happened to hold."""
+    return told.usage.prompt_tokens, told.usage.completion_tokens, told.usage.total_tokens
+
+
 def until(condition: Any, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

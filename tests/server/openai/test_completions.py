@@ -8,7 +8,7 @@ import numpy as np
 import openai
 import pytest
 import torch
-from serving import Serving, alone
+from serving import Serving, alone, counts
 from transformers import AutoModelForCausalLM
 
 from veneer.assets import NANO_FOLDER
@@ -80,7 +80,7 @@ def test_a_stream_tells_what_the_whole_answer_tells(client: openai.OpenAI, asked
                 parts = [getattr(one, field) for one in state["logprobs"] if one is not None]
                 wanted = getattr(choice.logprobs, field)
                 assert (None if parts[0] is None else [x for part in parts for x in part]) == wanted
-    assert chunks[-1].usage == whole.usage
+    assert counts(chunks[-1]) == counts(whole)
 
 
 def test_scores_of_a_prompt_are_transformers(server: Serving, client: openai.OpenAI) -> None:

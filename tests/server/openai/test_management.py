@@ -62,6 +62,7 @@ def test_load_use_unload(server: Serving, client: openai.OpenAI) -> None:
     told = post(server, "unload_lora_adapter", lora_name="mine")
     assert (told.status_code, told.text) == (200, "Success: LoRA adapter 'mine' removed successfully.")
     digest = server.registry.resolve("mine").digest
+    assert server.registry.read("mine")[0].canary is not None, "what it does is recorded for the next load"
     assert digest not in server.served.shelf
     with pytest.raises(openai.NotFoundError):
         answer(client, "mine")

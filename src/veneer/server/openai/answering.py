@@ -139,7 +139,7 @@ class Answering:
             names, ready = await self._load(stack, envelope, prompts, jobs)
             drawn = await while_connected(request, samples(envelope.behaviour.served, ready))
         for prompt, of_prompt in zip(prompts, drawn, strict=True):
-            attest(envelope.behaviour, prompt.course, names, of_prompt)
+            attest(envelope.behaviour.served, prompt.course, names, of_prompt)
         return drawn
 
     async def stream(
@@ -157,7 +157,7 @@ class Answering:
             number, event = first
             while True:
                 if isinstance(event, list):
-                    attest(envelope.behaviour, prompts[number].course, names, event)
+                    attest(envelope.behaviour.served, prompts[number].course, names, event)
                 yield number, event
                 try:
                     number, event = await anext(events)

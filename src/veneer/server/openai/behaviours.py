@@ -27,6 +27,7 @@ from veneer.server.bases import Served
 from veneer.server.openai.answers import Acting
 from veneer.server.openai.catalogue import invocation_tokens
 from veneer.server.openai.errors import FieldError
+from veneer.server.openai.fields import LEAST_SCALE
 from veneer.server.openai.requests import LoraEntry
 from veneer.store.entry import Entry
 from veneer.types import Tokens
@@ -87,7 +88,7 @@ class Behaviour:
     @property
     def parts(self) -> list[Part]:
         """Each once."""
-        return list(dict.fromkeys(_part(item, entry) for item, entry in self.wanted))
+        return list(dict.fromkeys(Part(entry.reference, entry.digest, item.scale, entry) for item, entry in self.wanted))
 
     @property
     def digest(self) -> str:
@@ -125,7 +126,12 @@ class Behaviour:
         return Course(course[0].phase, tuple(change for before, change in pairwise(course) if change.phase != before.phase))
 
     def _phase(self, acting: Sequence[bool]) -> Phase:
-        return tuple(_part(item, entry) for (item, entry), on in zip(self.wanted, acting, strict=True) if on and item.scale != 0)
+        """Scales of one adapter are added; what is left of them may be nothing."""
+        scales: dict[str, float] = {}
+        for (item, entry), on in zip(self.wanted, acting, strict=True):
+            scales[entry.reference] = scales.get(entry.reference, 0.0) + (item.scale if on else 0.0)
+        entries = {entry.reference: entry for _, entry in self.wanted}
+        return tuple(Part(name, entries[name].digest, scale, entries[name]) for name, scale in scales.items() if abs(scale) >= LEAST_SCALE)
 
     def _behind(self, text: str, acting: Sequence[bool]) -> list[bool]:
         """Who acts behind a text."""
@@ -169,10 +175,6 @@ class Behaviour:
             start = None if at is None else at + 1
             places.append((text, at, tuple(tokens.tolist())))
         return places
-
-
-def _part(item: LoraEntry, entry: Entry) -> Part:
-    return Part(entry.reference, entry.digest, item.scale, entry)
 
 
 def _occurrences(prompt: Tokens, tokens: Tokens) -> Tokens:

@@ -13,6 +13,8 @@ from pydantic_core import CoreSchema, core_schema
 MOST_STOPS, LONGEST_STOP = 64, 1024
 LOWEST_TEMPERATURE = 1e-4
 """Above 0: logits divided by less are no float32 any more."""
+LEAST_SCALE = 1e-3
+"""An adapter by less than this is none: its update vanishes in rounding."""
 MOST_TOKEN = 2**31 - 1
 
 
@@ -80,6 +82,12 @@ def _temperature(value: float) -> float:
     return value
 
 
+def _scale(value: float) -> float:
+    if 0 < abs(value) < LEAST_SCALE:
+        raise ValueError(f"it must be 0 (the adapter does not act) or at least {LEAST_SCALE}, with either sign")
+    return value
+
+
 def _tool(value: Any) -> Any:
     """As it came: its keys go into the prompt in their order."""
     function = value.get("function") if isinstance(value, Mapping) else None
@@ -135,5 +143,5 @@ Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterVa
 Probability = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Scale = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False), AfterValidator(_scale)]
 Span = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
+from veneer.measure.canary import check_drawn
 from veneer.server.bases import Served
-from veneer.server.openai.behaviours import Behaviour, Change, Course, Phase
+from veneer.server.openai.behaviours import Change, Course, Phase
 from veneer.server.openai.catalogue import Catalogue
 from veneer.store.registry import Registry
 from veneer.store.stack import stack_adapters
-from veneer.types import AttestationError, Checkpoint, Sample, Switch
+from veneer.types import Checkpoint, Sample, Switch
 
 MOST_STACKS = 4096
 """Sums whose digest is remembered."""
@@ -64,17 +66,14 @@ def switches(course: Course, names: dict[Phase, str | None]) -> tuple[Switch, ..
     return tuple(map(switch, course.changes))
 
 
-def attest(behaviour: Behaviour, course: Course, names: dict[Phase, str | None], samples: list[Sample]) -> None:
+def attest(served: Served, course: Course, names: dict[Phase, str | None], samples: list[Sample]) -> None:
     """What the engine says that it drew with must be what the names meant.
 
     Raises:
         AttestationError: it is not.
     """
-    promised = [names[course.first], *(names[change.phase] for change in course.changes)]
+    base = served.engine.base_digest
+    check_drawn(samples, names[course.first], base)
     for sample in samples:
-        drawn = [sample.adapter, *(adapter for _, adapter in sample.switches)]
-        for wanted, acted in zip(promised, drawn, strict=False):
-            found = None if acted is None else acted.digest
-            if found != wanted:
-                name = behaviour.served.name
-                raise AttestationError(f"base {name!r} answered with adapter {found} where {wanted} was asked for; nothing of it is told")
+        for change, (_, adapter) in zip(course.changes, sample.switches, strict=False):
+            check_drawn([replace(sample, adapter=adapter)], names[change.phase], base)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from veneer.measure.canary import canary_tokens, with_canary
 from veneer.server.access import Caller
 from veneer.server.bases import Served
 from veneer.server.errors import Forbidden, NotFound
@@ -210,7 +211,10 @@ class Management:
                 raise FieldError(f"The lora adapter '{name}' has already been loaded. {advice}", "lora_name")
             served = self._base_for(folder, wanted)
             checkpoint, facts, signed = await asyncio.to_thread(self._read, folder, name, served)
-            async with served.shelf.hold(checkpoint.adapter.digest, lambda: checkpoint):  # it fits, or says why not
+            async with served.shelf.hold(checkpoint.adapter.digest, lambda: checkpoint) as loaded:  # it fits, or says why not
+                if checkpoint.canary is None:
+                    row, engine = canary_tokens(served.renderer.vocab_size), served.engine
+                    checkpoint = await served.shelf.worker.run(partial(with_canary, engine, loaded, checkpoint, row))
                 await asyncio.to_thread(self._put, name, checkpoint, facts, signed)
             self.catalogue.unloaded.discard(name)
         return f"Success: LoRA adapter '{name}' added successfully."

@@ -25,10 +25,13 @@ from veneer.server.openai.management import Management
 from veneer.server.openai.requests import ChatRequest, CompletionRequest, LoadRequest, Promotion, Rollback, UnloadRequest
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
-EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "whole, or in chunks"}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "whole, or in chunks"}}
+ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+TEXT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "done"},
+    "4XX": {"content": ERROR, "description": "a mistake"},
+    "5XX": {"content": ERROR, "description": "trouble"},
 }
-TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "done"}}
 Name = Annotated[str, Path(max_length=256)]
 
 

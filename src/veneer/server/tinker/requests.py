@@ -13,7 +13,7 @@ from veneer.types import DataError, RequestError
 
 T = TypeVar("T", bound="Body")
 Seq = Annotated[int, Field(ge=0, lt=2**63)]
-HOUR, TEN_YEARS = 3600, 10 * 366 * 24 * 3600
+HOUR, TEN_YEARS = 3600, 3653 * 24 * 3600
 Ttl = Annotated[int, Field(ge=HOUR, le=TEN_YEARS)]
 
 

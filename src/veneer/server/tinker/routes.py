@@ -35,8 +35,20 @@ def make_router(tinker: Tinker) -> APIRouter:
 
 def _body(kind: type[requests.Body]) -> dict[str, Any]:
     """For the OpenAPI document: handlers read the bytes themselves, as those are what is kept."""
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
-    return {"openapi_extra": schema}
+    schema = kind.model_json_schema()
+    named = schema.pop("$defs", {})
+    return {"openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": _in_place(schema, named)}}}}}
+
+
+def _in_place(schema: Any, named: dict[str, Any]) -> Any:
+    """A schema with what it refers to written out: its names mean nothing inside of the document."""
+    if isinstance(schema, list):
+        return [_in_place(part, named) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _in_place(named[schema["$ref"].rpartition("/")[2]], named)
+    return {key: _in_place(value, named) for key, value in schema.items()}
 
 
 async def _read(kind: type[requests.T], request: Request) -> requests.T:

@@ -53,8 +53,9 @@ class Run:
         self._early: dict[int, Promise] = {}
         self._arrived = asyncio.Event()
         self._passes: dict[asyncio.Task[None], Promise] = {}
-        self._spoilt: str | None = None
-        """Why the gradient is not what the client asked for."""
+        self._spoilt: Promise | None = None
+        """A forward_backward that failed. What was gathered with it is no gradient of anything; who asks for another after hearing of the
+        failure begins anew."""
         self._doing = False
         self._covered: list[Promise] = []
         """Operations since the last state on disk."""
@@ -134,6 +135,8 @@ class Run:
     async def _do(self, promise: Promise) -> None:
         repeated = promise.done
         if promise.kind == "forward_backward":
+            if self._spoilt is not None and promise.created > (self._spoilt.done_at or 0):
+                await self._drop_gradient()
             if not repeated or not wire.parse_pass(promise.body).forward_only:
                 task = asyncio.create_task(self._pass(promise))
                 self._passes[task] = promise
@@ -190,9 +193,9 @@ class Run:
         try:
             output = await self._ask(call)
         except Exception as error:
-            if not request.forward_only:
-                self._spoilt = f"operation {promise.seq}, a forward_backward, failed ({error})"
             self.promises.fail(promise, error)
+            if not request.forward_only:
+                self._spoilt = promise
         else:
             self.promises.resolve(promise, wire.output_bytes(output), wire.PROTOBUF)
         self._covered.append(promise)
@@ -200,9 +203,9 @@ class Run:
     async def _step(self, promise: Promise) -> None:
         params = requests.parse(requests.OptimStep, promise.body).params()
         if self._spoilt is not None:
-            why, self._spoilt = self._spoilt, None
-            await self._ask(lambda: self.served.engine.zero_grad(self.row.id))
-            raise RequestError(f"no step was taken: {why}; what had been gathered was dropped")
+            failed = self._spoilt.seq
+            await self._drop_gradient()
+            raise RequestError(f"no step was taken: operation {failed}, a forward_backward, failed, and what had been gathered was dropped")
         metrics = await self._ask(lambda: self.served.engine.optim_step(self.row.id, AdamParams(**params), need_gradient=False))
         self.promises.resolve(promise, {"metrics": wire.metric_numbers(metrics), "type": "optim_step"})
         if time.monotonic() >= self._save_after and (self._saving is None or self._saving.done()):
@@ -214,6 +217,10 @@ class Run:
         engine, row = self.served.engine, canary_tokens(self.served.renderer.vocab_size)
         checkpoint = await self._ask(lambda: engine.save_state(self.row.id, kind))
         return await self.served.shelf.worker.run(lambda: with_canary(engine, self.row.id, checkpoint, row))
+
+    async def _drop_gradient(self) -> None:
+        self._spoilt = None
+        await self._ask(lambda: self.served.engine.zero_grad(self.row.id))
 
     async def _save_weights(self, promise: Promise) -> None:
         body = requests.parse(requests.SaveWeights, promise.body)

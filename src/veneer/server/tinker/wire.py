@@ -160,23 +160,23 @@ def _datum(item: Any, loss_fn: str) -> Datum:
     if targets.dtype != np.int64:
         raise DataError("target_tokens must be int64")
 
-    def floats(name: str, default: float | None) -> Floats:
+    def floats(name: str) -> Floats:
         if name not in inputs:
-            if default is None:
-                raise DataError(f"loss {loss_fn!r} needs {name} in loss_fn_inputs")
-            return np.full(targets.shape, default, np.float32)
+            return np.ones(targets.shape, np.float32)
         if inputs[name].shape != targets.shape:
             raise DataError(f"{name} has shape {list(inputs[name].shape)} and target_tokens {list(targets.shape)}; they must be the same")
         return inputs[name].astype(np.float32)
 
-    weights = floats("weights", 1.0)
+    weights = floats("weights")
     if loss_fn == "cross_entropy":
         return Datum(tokens, targets, np.zeros(targets.shape, np.float32), np.zeros(targets.shape, np.float32), weights)
-    advantages = floats("advantages", None)
+    if missing := [name for name in ("logprobs", "advantages") if name not in inputs]:
+        raise DataError(f"loss {loss_fn!r} needs {' and '.join(missing)} in loss_fn_inputs")
+    advantages = floats("advantages")
     if loss_fn in POLICY_LOSSES:
         weights = np.where(advantages == 0, np.float32(0), weights)
-    per_token = {name: floats(name, None) for name in PER_TOKEN if name in inputs}
-    return Datum(tokens, targets, floats("logprobs", None), advantages, weights, per_token=per_token)
+    per_token = {name: floats(name) for name in PER_TOKEN if name in inputs}
+    return Datum(tokens, targets, floats("logprobs"), advantages, weights, per_token=per_token)
 
 
 def _text_tokens(chunks: Sequence[Any]) -> Tokens:
