@@ -178,7 +178,7 @@ def test_a_gap_is_exit_code_1(veneer: Veneer, home: Path, tmp_path: Path) -> Non
         "def scaled(model, folder, **more):\n"
         "    found = _load(model, folder, **more)\n"
         "    for module in found.modules():\n"
-        "        if hasattr(module, 'scaling'):\n"
+        "        if hasattr(module, 'lora_A'):\n"
         "            module.scaling = {name: value / 2 for name, value in module.scaling.items()}\n"
         "    return found\n"
         "peft.PeftModel.from_pretrained = scaled\n"
@@ -188,7 +188,9 @@ def test_a_gap_is_exit_code_1(veneer: Veneer, home: Path, tmp_path: Path) -> Non
         command = [sys.executable, "-m", "veneer", "adapters", "equivalence", "large", "--prompts", "4", "--server", url, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr
-    sides = json.loads(done.stdout)["sides"]
+    document = json.loads(done.stdout)
+    assert "sides" in document, document
+    sides = document["sides"]
     assert [name for name, side in sides.items() if not side["within"]] == ["PEFT"]
     assert sides["PEFT"]["largest"] > 0.1
 

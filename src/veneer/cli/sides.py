@@ -81,17 +81,20 @@ def compare_sides(
     entry, checkpoint, name = Registry().resolve(reference), machine.read(reference), machine.load(reference)
     if checkpoint.config is None:
         raise AdapterError(f"adapter {reference!r} is a fully fine-tuned copy; compared are programs that run low-rank adapters")
-    named = not is_path(reference)
-    starting = a_server(base, threads, machine) if named and server is None else nullcontext(lambda: server or "")
-    with tempfile.TemporaryDirectory() as folder, starting as address:  # it starts while the others are asked
+    named, ours = not is_path(reference), server is None
+    starting = a_server(base, threads, machine) if named and ours else nullcontext(lambda: server or "")
+    with tempfile.TemporaryDirectory() as folder, starting as address:
         texts = write_on(machine, name, prompts, seed) if home is None else play(machine, name, home, prompts, seed)
+        sides: dict[str, Rows | None] = {"sampler": [list(written.text.sampled) for written in texts], "server": None}
+        if named and not ours:
+            sides["server"] = ask_server(address(), reference, entry.digest, texts)
         peft, merged = Path(folder) / "peft", Path(folder) / "merged"
         write_adapter(peft, dataclasses.replace(checkpoint, kind="sampler", optimizer={}), {})
         stored = write_merged(base, checkpoint, merged, None).dtype
-        stock_sides = ask_stock([(resolve_base(base), peft), (str(merged), None)], machine, threads, texts, Path(folder))
-        sides: dict[str, Rows | None] = {"sampler": [list(written.text.sampled) for written in texts]}
-        sides["server"] = ask_server(address(), reference, entry.digest, texts) if named else None
-        sides["PEFT"], sides["merged"] = stock_sides
+        models = [(resolve_base(base), peft), (str(merged), None)]
+        sides["PEFT"], sides["merged"] = ask_stock(models, machine, threads, texts, Path(folder))
+        if named and ours:  # it started while the others were asked
+            sides["server"] = ask_server(address(), reference, entry.digest, texts)
     graded, trainer = [written.text for written in texts], ask_trainer(machine, name, texts)
     limit = LIMITS[machine.engine.dtype]
     limits = {"merged": max(limit, LIMITS[stored])}
