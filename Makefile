@@ -3,13 +3,14 @@
 # make fuzz         10,000 malformed requests, bent protobuf and the OpenAPI document against a real server; about 10 minutes
 # make acceptance  the public clients of Tinker and OpenAI, unmodified, against a real server; ARGS="--more --json FILE"; about 15 minutes
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
+# make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz acceptance seeds bench nano clean
+.PHONY: install quickstart test lint types fuzz acceptance seeds interference bench nano clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +43,9 @@ bench: install
 
 seeds: install
 	$(BIN)/python recipes/quickstart_seeds.py
+
+interference: install
+	$(BIN)/python recipes/interference.py
 
 nano: install
 	$(BIN)/python recipes/pretrain_nano.py --out src/veneer/assets/nano

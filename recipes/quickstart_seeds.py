@@ -74,7 +74,8 @@ def main() -> None:
     for seed in args.seeds:
         runs.append(quickstart(seed))
         print(f"seed {seed}: {rate(runs[-1]['reward_before'])} -> {rate(runs[-1]['reward_after'])}, {runs[-1]['seconds']} s", flush=True)
-    TARGET.write_text(page(runs))
+    _, section, others = TARGET.read_text().partition("\n## ")
+    TARGET.write_text(page(runs) + section + others)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def veneer(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "veneer", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/registry.md", "docs/operating.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/registry.md", "docs/operating.md", "docs/proof.md"])
 def test_the_console_session_works_line_by_line(tmp_path: Path, page: str) -> None:
     """A newcomer types a page's commands in order; training runs are cut to two steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

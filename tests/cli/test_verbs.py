@@ -22,7 +22,7 @@ from veneer.store.registry import Registry
 pytestmark = pytest.mark.xdist_group("cli")
 ADAPTER_VERBS = (
     *("list", "show", "lineage", "verify", "export", "import", "fork", "stack"),
-    *("promote", "rollback", "forget", "reindex", "trust"),
+    *("promote", "rollback", "forget", "reindex", "trust", "merge", "equivalence", "interfere"),
 )
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic", "sqlalchemy", "cryptography")
 
@@ -65,7 +65,7 @@ def test_no_verb_shows_the_help(veneer: Veneer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("heavy", HEAVY)
 def test_help_is_light(heavy: str) -> None:
     """Help that waits for torch is help that nobody asks for."""
-    verbs = ((), ("train",), ("sample",), ("adapters",), ("adapters", "promote"))
+    verbs = ((), ("train",), ("sample",), ("adapters",), ("adapters", "promote"), ("adapters", "equivalence"))
     assert [v for v in verbs if heavy in sys_modules_after(*v, "--help")] == []
 
 

@@ -50,18 +50,19 @@ def command(
 
     def human() -> None:
         prompts_of = "rows of tokens" if document["env"] is None else f"problems of {document['env']}"
-        print(f"{document['adapter']} on {document['base']}: {document['texts']} {prompts_of}, {document['tokens']:,} sampled tokens")
+        print(f"{document['adapter']} on {document['base']}: {document['texts']} {prompts_of}, {document['tokens']:,} sampled tokens;")
+        print("gaps to the trainer, in nats and in reward with 95% intervals")
         rows = [
             (
                 name,
                 f"{side['largest']:.1e}",
                 f"{side['limit']:g}",
-                "-" if side["reward"] is None else "{value:+.1e} [{low:+.1e}, {high:+.1e}]".format(**side["reward"]),
+                "-" if side["reward"] is None else "{value:+.0e} [{low:+.0e}, {high:+.0e}]".format(**side["reward"]),
                 "equal" if side["within"] else "DIFFERS",
             )
             for name, side in document["sides"].items()
         ]
-        print_table(("against the trainer", "largest gap, nats", "limit", "reward gap", "verdict"), rows, "")
+        print_table(("side", "largest gap", "limit", "reward gap", "verdict"), rows, "")
         for name, why in document["left_out"].items():
             print(f"{name} was not asked: {why}")
 

@@ -16,6 +16,7 @@ MATRIX = "matrix.json"
 @click.option("--env", "envs", multiple=True, help="The task of each adapter, in their order; their own, unless given. Repeatable.")
 @click.option("--problems", type=click.IntRange(1), default=256, show_default=True, help="Held-out problems of each task.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Limit of one turn; as in each adapter's training, unless said otherwise.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Of each part of a stack.")
 @click.option("--base", default="nano", show_default=True, help="A Hugging Face name, a folder, or nano.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="A folder for table, picture and numbers; in $VENEER_HOME/studies, unless given."
@@ -29,6 +30,7 @@ def command(
     envs: tuple[str, ...],
     problems: int,
     max_tokens: int | None,
+    scale: float,
     base: str,
     out: Path | None,
     seed: int,
@@ -62,8 +64,8 @@ def command(
         tasks[reference] = Task(home.env.name, home.dataset(), home.max_tokens)
     machine = start(base, threads, device=device)
     checkpoints = {reference: machine.read(reference) for reference in references}
-    matrix = asyncio.run(interfere(machine.engine, machine.renderer, checkpoints, tasks, problems, seed))
-    document = {"base": machine.engine.base_id, "problems": problems, "seed": seed, **as_document(matrix)}
+    matrix = asyncio.run(interfere(machine.engine, machine.renderer, checkpoints, tasks, problems, seed, scale=scale))
+    document = {"base": machine.engine.base_id, "problems": problems, "seed": seed, "scale": scale, **as_document(matrix)}
     with new_folder(folder) as aside:
         (aside / MATRIX).write_text(json.dumps(document, indent=1) + "\n")
         (aside / "matrix.md").write_text(as_table(matrix))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,11 @@ UNTRAINED_TOKENS = 48
 BATCH = 16
 """Rows in one request to a server."""
 KEY = "VENEER_API_KEY"
+WHY_NOT = {
+    "server": "a server answers by names of the registry: import the adapter first",
+    "PEFT": "it is not installed: pip install peft",
+}
+"""A side that was not asked."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +81,24 @@ def compare_sides(
     entry, checkpoint, name = Registry().resolve(reference), machine.read(reference), machine.load(reference)
     if checkpoint.config is None:
         raise AdapterError(f"adapter {reference!r} is a fully fine-tuned copy; compared are programs that run low-rank adapters")
-    texts = write_on(machine, name, prompts, seed) if home is None else play(machine, name, home, prompts, seed)
-    graded = [written.text for written in texts]
-    trainer, limit = ask_trainer(machine, name, texts), LIMITS[machine.engine.dtype]
-    gaps = {"sampler": compare(graded, trainer, [text.sampled for text in graded], limit)}
-    left_out: dict[str, str] = {}
-
-    with tempfile.TemporaryDirectory() as folder:
-        workplace = Path(folder)
-        if is_path(reference):
-            left_out["server"] = "a server answers by names of the registry: import the adapter first"
-        else:
-            with a_server(base, threads, machine) if server is None else nullcontext(server) as url:
-                gaps["server"] = compare(graded, trainer, ask_server(url, reference, entry.digest, texts), limit)
-        write_adapter(workplace / "peft", dataclasses.replace(checkpoint, kind="sampler", optimizer={}), {})
-        rows = ask_stock(resolve_base(base), workplace / "peft", machine, threads, texts, workplace)
-        if rows is None:
-            left_out["PEFT"] = "it is not installed: pip install peft"
-        else:
-            gaps["PEFT"] = compare(graded, trainer, rows, limit)
-        stored = write_merged(base, checkpoint, workplace / "merged", None).dtype
-        rows = ask_stock(str(workplace / "merged"), None, machine, threads, texts, workplace)
-        assert rows is not None
-        gaps["merged"] = compare(graded, trainer, rows, max(limit, LIMITS[stored]))
+    named, ours = not is_path(reference), server is None
+    starting = a_server(base, threads, machine) if named and ours else nullcontext(lambda: server or "")
+    with tempfile.TemporaryDirectory() as folder, starting as address:
+        texts = write_on(machine, name, prompts, seed) if home is None else play(machine, name, home, prompts, seed)
+        sides: dict[str, Rows | None] = {"sampler": [list(written.text.sampled) for written in texts], "server": None}
+        if named and not ours:
+            sides["server"] = ask_server(address(), reference, entry.digest, texts)
+        peft, merged = Path(folder) / "peft", Path(folder) / "merged"
+        write_adapter(peft, dataclasses.replace(checkpoint, kind="sampler", optimizer={}), {})
+        stored = write_merged(base, checkpoint, merged, None).dtype
+        models = [(resolve_base(base), peft), (str(merged), None)]
+        sides["PEFT"], sides["merged"] = ask_stock(models, machine, threads, texts, Path(folder))
+        if named and ours:  # it started while the others were asked
+            sides["server"] = ask_server(address(), reference, entry.digest, texts)
+    graded, trainer = [written.text for written in texts], ask_trainer(machine, name, texts)
+    limit = LIMITS[machine.engine.dtype]
+    limits = {"merged": max(limit, LIMITS[stored])}
+    gaps = {side: compare(graded, trainer, rows, limits.get(side, limit)) for side, rows in sides.items() if rows is not None}
     return {
         "adapter": reference,
         "digest": entry.digest,
@@ -111,8 +110,8 @@ def compare_sides(
         "texts": len(texts),
         "tokens": sum(len(part) for text in graded for part in text.sampled),
         "reward": None if home is None else statistics.fmean(text.reward or 0.0 for text in graded),
-        "sides": {name: {**dataclasses.asdict(gap), "within": gap.within} for name, gap in gaps.items()},
-        "left_out": left_out,
+        "sides": {side: {**dataclasses.asdict(gap), "within": gap.within} for side, gap in gaps.items()},
+        "left_out": {side: WHY_NOT[side] for side, rows in sides.items() if rows is None},
         "equal": all(gap.within for gap in gaps.values()),
     }
 
@@ -165,35 +164,29 @@ def ask_trainer(machine: Machine, name: str, texts: Sequence[Written]) -> Rows:
     return _picked(texts, machine.engine.forward(name, _flat(texts), "cross_entropy").result().logprobs_D)
 
 
-def ask_stock(model: str, adapter: Path | None, machine: Machine, threads: int, texts: Sequence[Written], workplace: Path) -> Rows | None:
-    """A model by name or folder, with a PEFT folder or none, in a process of its own, on the machine's device and in its dtype. None:
-    PEFT is not installed.
+def ask_stock(
+    models: Sequence[tuple[str, Path | None]], machine: Machine, threads: int, texts: Sequence[Written], workplace: Path
+) -> list[Rows | None]:
+    """Models by name or folder, each with a PEFT folder or none, in a process of its own, on the machine's device and in its dtype.
+    None where PEFT is wanted and not installed.
 
     Raises:
         RunError: it failed; quotes the last line that it wrote.
     """
-    paths = {name: workplace / f"stock-{name}" for name in ("request", "rows", "out")}
-    save_file({str(i): row for i, row in enumerate(_rows(texts))}, paths["rows"])
-    request = {
-        "model": model,
-        "adapter": None if adapter is None else str(adapter),
-        "dtype": machine.engine.dtype,
-        "device": str(machine.engine.base.device),
-        "threads": threads,
-        "rows": str(paths["rows"]),
-        "out": str(paths["out"]),
-    }
-    paths["request"].write_text(json.dumps(request))
-    command = [sys.executable, "-P", stock.__file__, str(paths["request"])]  # -P: what lies beside the program is not to be imported
+    request, rows = workplace / "stock.json", workplace / "stock-rows"
+    save_file({str(i): row for i, row in enumerate(_rows(texts))}, rows)
+    jobs = [
+        {"model": model, "adapter": None if adapter is None else str(adapter), "out": str(workplace / f"stock-{i}")}
+        for i, (model, adapter) in enumerate(models)
+    ]
+    settings = {"dtype": machine.engine.dtype, "device": str(machine.engine.base.device), "threads": threads}
+    request.write_text(json.dumps({**settings, "rows": str(rows), "jobs": jobs}))
+    command = [sys.executable, "-P", stock.__file__, str(request)]  # -P: what lies beside the program is not to be imported
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == stock.NO_PEFT:
-        return None
     if done.returncode:
-        raise RunError(
-            f"stock {'transformers' if adapter is None else 'PEFT'} failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"
-        )
-    found = load_file(paths["out"])
-    return _picked(texts, [found[str(i)] for i in range(len(found))])
+        raise RunError(f"stock transformers or PEFT failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
+    found = [load_file(job["out"]) if Path(job["out"]).is_file() else None for job in jobs]
+    return [None if rows is None else _picked(texts, [rows[str(i)] for i in range(len(rows))]) for rows in found]
 
 
 def ask_server(url: str, model: str, digest: str, texts: Sequence[Written]) -> Rows:
@@ -232,25 +225,28 @@ def _post(url: str, body: object) -> tuple[dict[str, Any], str | None]:
 
 
 @contextmanager
-def a_server(base: str, threads: int, machine: Machine) -> Generator[str, None, None]:
-    """``veneer serve`` on a free port, for as long as it is needed.
+def a_server(base: str, threads: int, machine: Machine) -> Generator[Callable[[], str]]:
+    """``veneer serve`` on a free port, for as long as it is needed. What comes of it waits until it answers, and tells where.
 
     Raises:
         RunError: it does not start.
     """
-    settings = {"--base": base, "--port": "0", "--threads": str(threads), "--device": machine.engine.base.device.type}
-    command = [sys.executable, "-m", "veneer", "serve", *itertools.chain.from_iterable(settings.items())]
+    device = machine.engine.base.device.type
+    command = [sys.executable, "-m", "veneer", "serve", "--base", base, "--port", "0", "--threads", str(threads), "--device", device]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        lines: list[str] = []
-        for line in process.stderr:
-            lines.append(line.strip())
+    assert process.stderr is not None
+    stderr = process.stderr
+
+    def address() -> str:
+        last = "no word"
+        for line in stderr:
             if found := re.search(r"serving .* on (http://\S+)", line):
-                yield found[1]
-                break
-        else:
-            raise RunError(f"veneer serve did not start: {lines[-1] if lines else 'no word'}")
+                return found[1]
+            last = line.strip() or last
+        raise RunError(f"veneer serve did not start: {last}")
+
+    try:
+        yield address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait()

@@ -21,9 +21,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-NO_PEFT = 3
-"""Exit status: PEFT is not installed."""
-
 
 @torch.no_grad()
 def stock_logprobs(model: Any, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
@@ -37,21 +34,30 @@ def stock_logprobs(model: Any, rows: Sequence[NDArray[np.int64]]) -> list[NDArra
 
 
 def main(path: str) -> int:
-    """The request: ``model`` (name or folder), ``adapter`` (a PEFT folder, or null), ``dtype``, ``device``, ``threads``, ``rows`` and
-    ``out``: safetensors files of tokens and of their log-probabilities, each row under its number."""
+    """The request: ``dtype``, ``device``, ``threads``, ``rows`` (a safetensors file of tokens, each row under its number) and ``jobs``:
+    each a ``model`` (name or folder), an ``adapter`` (a PEFT folder, or null), and ``out``, a file like ``rows`` for the
+    log-probabilities. A job that needs PEFT is left out where PEFT is not installed."""
     request = json.loads(Path(path).read_text())
     torch.set_num_threads(request["threads"])
-    model: Any = AutoModelForCausalLM.from_pretrained(request["model"], dtype=getattr(torch, request["dtype"]), use_safetensors=True)
-    if request["adapter"] is not None:
-        try:
-            from peft import PeftModel
-        except ImportError:
-            return NO_PEFT
-        model = PeftModel.from_pretrained(model, request["adapter"])
     rows = load_file(request["rows"])
-    found = stock_logprobs(model.eval().to(request["device"]), [rows[str(i)] for i in range(len(rows))])
-    save_file({str(i): row for i, row in enumerate(found)}, request["out"])
+    for job in request["jobs"]:
+        model = _load(job["model"], job["adapter"], getattr(torch, request["dtype"]))
+        if model is not None:
+            found = stock_logprobs(model.eval().to(request["device"]), [rows[str(i)] for i in range(len(rows))])
+            save_file({str(i): row for i, row in enumerate(found)}, job["out"])
     return 0
+
+
+def _load(name: str, adapter: str | None, dtype: torch.dtype) -> Any:
+    """None: PEFT is not installed."""
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    if adapter is None:
+        return model
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return None
+    return PeftModel.from_pretrained(model, adapter)
 
 
 if __name__ == "__main__":

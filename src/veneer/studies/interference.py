@@ -1,7 +1,7 @@
 """Do behaviours get in each other's way? The base, each adapter alone and each two stacked, on every adapter's task.
 
 All arms answer the same held-out problems with the same draws, side by side on one engine, so two arms differ in the adapter alone
-and are compared problem by problem. A stack is the sum of its updates, each with scale 1.
+and are compared problem by problem. A stack is the sum of its updates, each with the same scale.
 """
 
 from __future__ import annotations
@@ -79,10 +79,12 @@ async def interfere(
     tasks: Mapping[str, Task],
     problems: int,
     seed: int,
+    *,
+    scale: float = 1.0,
     max_failed_share: float = 0.5,
 ) -> Matrix:
-    """Measure adapters, by name, each of which has its task in ``tasks``. What is loaded under the names of arms is replaced, and removed
-    in the end.
+    """Measure adapters, by name, each of which has its task in ``tasks``; ``scale`` is that of each part of a stack. What is loaded
+    under the names of arms is replaced, and removed in the end.
 
     Raises:
         AdapterError: fewer than two adapters, or a stack that the base has no room for.
@@ -90,7 +92,7 @@ async def interfere(
     """
     if len(adapters) < 2 or BASE in adapters:
         raise AdapterError(f"give two adapters or more, none of them called {BASE!r}; got {', '.join(adapters) or 'none'}")
-    pairs = {f"{a}+{b}": [(adapters[a], 1.0), (adapters[b], 1.0)] for a, b in itertools.combinations(adapters, 2)}
+    pairs = {f"{a}+{b}": [(adapters[a], scale), (adapters[b], scale)] for a, b in itertools.combinations(adapters, 2)}
     arms = {**adapters, **{name: stack_adapters(parts, name) for name, parts in pairs.items()}}
     once = {task.name: task for task in tasks.values()}
     try:
