@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.engine import Base, FullEngine, LocalEngine, LoraEngine
 from veneer.engine.attention import Ragged, Row
 from veneer.engine.flat import Flat, Segment

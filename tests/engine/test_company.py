@@ -12,7 +12,7 @@ from engine_tools import FREE, Loop, add_random_adapter, datum, differences, lor
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from conftest import SMALL
+from tiny_models import SMALL
 from veneer.engine import Base, LocalEngine, LoraEngine, load_base
 from veneer.engine import sampler as sampler_module
 from veneer.engine import trainer as trainer_module

@@ -17,7 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import SMALL
+from tiny_models import SMALL
 from veneer.engine import Base, LocalEngine, LoraEngine, compiled, pointwise
 from veneer.engine.attention import Score, scores_to_output
 from veneer.engine.cache import StepLayout

@@ -8,7 +8,7 @@ import torch
 from engine_tools import FREE, VOCAB, add_random_adapter, datum, gradients, logits_of, prompt, sampled_datum, slot_of
 from peft import PeftModel
 
-from conftest import ARCHITECTURES, random_model
+from tiny_models import ARCHITECTURES, random_model
 from veneer.engine import Base, LocalEngine, LoraEngine
 from veneer.store.adapters import write_adapter
 from veneer.types import AdamParams, LoraConfig, SamplingParams

@@ -27,7 +27,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from conftest import CONFIGS, SMALL, random_model
+from tiny_models import CONFIGS, SMALL, random_model
 from veneer import engine as engine_module
 from veneer.engine import Base, LocalEngine, LoraEngine, compiled
 from veneer.engine import logprobs as logprobs_module

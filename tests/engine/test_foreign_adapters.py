@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from engine_tools import logits_of, slot_of
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import Base, LocalEngine, LoraEngine, load_base
 from veneer.store.foreign import read_peft

@@ -25,7 +25,7 @@ from engine_tools import (
     wide_engine,
 )
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import Base, LocalEngine, LoraEngine, load_base
 from veneer.types import AdamParams, AdapterError, AttestationError, BaseError, Checkpoint, Datum, LoraConfig

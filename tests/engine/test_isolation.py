@@ -9,7 +9,7 @@ from engine_tools import FREE, add_random_adapter, datum, gradients, lora_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ARCHITECTURES
+from tiny_models import ARCHITECTURES
 from veneer.engine import LocalEngine
 from veneer.types import AdamParams, Datum, LoraConfig
 

@@ -16,7 +16,7 @@ from engine_tools import lora_engine, scrambled
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 
-from conftest import ARCHITECTURES, random_model
+from tiny_models import ARCHITECTURES, random_model
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, merge
 from veneer.engine.merge import Expected, add_update, expect, verify_merged, write_merged
 from veneer.engine.stock import stock_logprobs

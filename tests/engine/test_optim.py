@@ -30,7 +30,7 @@ from engine_tools import (
 )
 from test_guards import dead_end_engine, sampled
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.engine.rows import Rows
 from veneer.types import AdamParams, AttestationError, Datum, LoraConfig, RequestError, RunError
 

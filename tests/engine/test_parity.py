@@ -19,7 +19,7 @@ from engine_tools import (
 )
 from peft import PeftModel
 
-from conftest import ARCHITECTURES, random_model
+from tiny_models import ARCHITECTURES, random_model
 from veneer.store.adapters import write_adapter
 from veneer.types import Floats, LoraConfig, SamplingParams
 

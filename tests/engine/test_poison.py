@@ -11,7 +11,7 @@ from engine_tools import add_random_adapter as add
 from engine_tools import at_rest, finish, lora_engine, prompt
 from test_company import engine_of
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.engine import Base, LocalEngine, LoraEngine
 from veneer.engine.draws import Chooser
 from veneer.types import LoraConfig, RunError, SamplingParams

@@ -27,7 +27,7 @@ from engine_tools import (
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from conftest import SMALL
+from tiny_models import SMALL
 from veneer.engine import Base, LocalEngine, LoraEngine, load_base
 from veneer.engine import prefixes as prefixes_module
 from veneer.engine.attention import Ragged, Row, Score

@@ -10,7 +10,7 @@ import torch
 from engine_tools import FREE, GREEDY, VOCAB, add_random_adapter, datum, full_engine, lora_engine, prompt
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from conftest import ARCHITECTURES, random_model
+from tiny_models import ARCHITECTURES, random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import LoraEngine, load_base
 from veneer.engine.draws import Chooser, sequence_key, truncate

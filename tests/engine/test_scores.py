@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.engine import LocalEngine
 from veneer.engine import scores as scores_module
 from veneer.engine.draws import Chooser

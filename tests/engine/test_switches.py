@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.assets import NANO_FOLDER
 from veneer.engine import Base, LocalEngine, LoraEngine, load_base
 from veneer.engine.attention import Layout, Ragged, Row, Score

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from test_fast_paths import CountingHead, family
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.engine import LocalEngine
 from veneer.engine import logprobs as logprobs_module
 from veneer.engine.losses import LOSSES

@@ -32,7 +32,7 @@ from engine_tools import (
     together,
 )
 
-from conftest import random_model
+from tiny_models import random_model
 from veneer.engine import Base, LocalEngine, LoraEngine
 from veneer.engine.cache import Bank
 from veneer.types import AdamParams, DataError, LoraConfig, RunError, SamplingParams
