@@ -1,4 +1,4 @@
-"""Three behaviours, alone and stacked, on each other's tasks: a section and a picture in docs/. About ten minutes of one CPU core.
+"""Three behaviours, alone and stacked, on each other's tasks: a section and a picture in docs/. About three minutes of one CPU core.
 
     make interference     # or: python recipes/interference.py
 
@@ -41,8 +41,9 @@ def section(runs: list[dict[str, Any]], matrices: list[tuple[dict[str, Any], str
     lines = [
         TITLE,
         "",
-        f"Written by `make interference`. Three adapters of rank 1, each trained on one task of veneer-nano (steps: {steps}), alone and",
-        f"stacked in pairs, on the {first['problems']} held-out problems of every task: the same problems and the same draws for all arms.",
+        "Written by `make interference`. Three adapters of rank 1, each trained on one task of veneer-nano",
+        f"(steps: {steps}), alone and stacked in pairs, on the {first['problems']} held-out problems of every",
+        "task: the same problems and the same draws for all arms.",
         "95% intervals: Wilson's for shares, Agresti and Min's for differences of pairs. A difference is called none if the interval",
         "leaves no room for a loss of 0.05.",
         "",
