@@ -64,10 +64,6 @@ def make_folder(folder: Path) -> None:
     write_rows(folder / "Anthropic/hh-rlhf", train=[preference(rng) for _ in range(240)], test=[preference(rng) for _ in range(60)])
     write_rows(folder / "open-thoughts/OpenThoughts3-1.2M", train=[thoughts(rng) for _ in range(200)])
     write_rows(folder / "hicai-zju/SciKnowEval", test=[multiple_choice(rng) for _ in range(120)])
-    write_rows(
-        folder / "Salesforce/wikitext/words", train=[{"text": f" {sum_of(rng)[0]} until the rest of a line of text ."} for _ in range(4000)]
-    )
-    write_card(folder / "Salesforce/wikitext", "wikitext-103-raw-v1", "train", inside="words")
     write_rows(folder / "rubrics", train=[rubric(rng) for _ in range(64)], test=[rubric(rng) for _ in range(8)])
 
 
@@ -77,9 +73,9 @@ def write_rows(folder: Path, **splits: Iterable[Json]) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_card(folder: Path, config: str, *splits: str, inside: str | None = None) -> None:
+def write_card(folder: Path, config: str, *splits: str) -> None:
     """Without it ``load_dataset(name, config)`` does not know the configuration."""
-    files = "".join(f"\n  - split: {split}\n    path: {inside or config}/{split}.jsonl" for split in splits)
+    files = "".join(f"\n  - split: {split}\n    path: {config}/{split}.jsonl" for split in splits)
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:{files}\n---\n")
 
 
