@@ -86,7 +86,8 @@ def work(request: Json) -> Json:
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: Json) -> tuple[int, Json]:
     """One request on a connection that stays open."""
     content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}\r\n\r\n"
     writer.write(head.encode() + content)
     answer = (await reader.readuntil(b"\r\n\r\n")).decode()
     length = re.search(r"content-length: (\d+)", answer, re.IGNORECASE)
