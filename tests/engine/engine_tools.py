@@ -118,14 +118,33 @@ def slot_of(engine: LocalEngine, name: str) -> int:
 
 def gradients(engine: LocalEngine, name: str) -> dict[str, torch.Tensor]:
     """Copies of the gathered gradient, by PEFT's names."""
-    named = engine._stack.named(slot_of(engine, name), engine._stack.rows.grads)
+    named = engine._stack.named(slot_of(engine, name), engine._stack.rows.open(slot_of(engine, name)).grad)
     return {key: tensor.detach().clone() for key, tensor in named.items()}
 
 
-def row_bytes(engine: LocalEngine, name: str, fields: Sequence[str] = ("training", "published", "grads", "m", "v")) -> dict[str, bytes]:
+FIELDS = ("weights", "published", "grad", "m", "v")
+
+
+def row_bytes(engine: LocalEngine, name: str, fields: Sequence[str] = FIELDS) -> dict[str, bytes]:
     """Everything that the engine holds for an adapter, byte by byte."""
-    slot = slot_of(engine, name)
-    return {field: getattr(engine._stack.rows, field)[slot].numpy().tobytes() for field in fields}
+    return {field: row.tobytes() for field, row in rows_of_adapter(engine, name).items() if field in fields}
+
+
+def rows_of_adapter(engine: LocalEngine, name: str) -> dict[str, np.ndarray]:
+    """Copies of the weights, published and in training, of the gradient and of the moments, [size] each: what nobody has trained
+    has its published weights and zeros."""
+    rows, slot = engine._stack.rows, slot_of(engine, name)
+    kept = dict.fromkeys(("grad", "m", "v"), torch.zeros(rows.size(slot))) | {
+        "weights": rows.training(slot),
+        "published": rows.published(slot),
+    }
+    if slot in rows.trained:
+        kept |= {field: getattr(rows.trained[slot], field) for field in ("grad", "m", "v")}
+    return {field: kept[field].cpu().numpy().copy() for field in FIELDS}
+
+
+def no_gradients(engine: LocalEngine) -> bool:
+    return not any(state.grad.any() for state in engine._stack.rows.trained.values())
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:

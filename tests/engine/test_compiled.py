@@ -46,7 +46,7 @@ def normal(rng: np.random.Generator, *shape: int, size: float = 1.0) -> Tensor:
 
 
 def thin_table(widths: Sequence[int], d_in: int, ranks: Sequence[int], missing: float, rng: np.random.Generator) -> tuple:
-    """An index of one product, the table, and each slot's update as a matrix. What nothing should read is NaN."""
+    """An index of one product, the line of adapters, and each slot's update as a matrix. What nothing should read is NaN."""
     names, ends = [f"out{o}" for o in range(len(widths))], np.cumsum([0, *widths])
     index, dense = ThinAdapters([names], dict(zip(names, widths, strict=True))), torch.zeros(len(ranks), d_in, ends[-1]).double()
     table = np.full((len(ranks), 5 + 17 * (len(widths) * d_in + ends[-1])), np.nan, np.float32)
@@ -58,9 +58,10 @@ def thin_table(widths: Sequence[int], d_in: int, ranks: Sequence[int], missing: 
                 layout[name], stop = (at, at + a.numel()), at + a.numel() + bt.numel()
                 table[slot, at:stop], at = torch.cat([a.view(-1), bt.view(-1)]), stop
                 dense[slot, :, ends[o] : ends[o + 1]] = 8 / rank * a.T.double() @ bt.double()
-        index.put(slot, LoraConfig(rank=4, alpha=1), dict.fromkeys(names, (0, 0)))  # one that was removed
-        index.put(slot, LoraConfig(rank=rank, alpha=8), layout)
-    return index, table, dense
+        begin = slot * table.shape[1]
+        index.put(slot, LoraConfig(rank=4, alpha=1), dict.fromkeys(names, (0, 0)), begin)  # one that was removed
+        index.put(slot, LoraConfig(rank=rank, alpha=8), layout, begin)
+    return index, table.reshape(-1), dense
 
 
 def inputs(rows: int = 21, width: int = 37, dim: int = 6, heads=4, kv_heads=2, normed=True, sizes=(1.0, 1.0), seed=0) -> dict:
@@ -212,7 +213,7 @@ def test_a_row_attends_to_exactly_the_keys_that_it_sees(shape, window: int | Non
 @given(st.lists(WIDTH, min_size=1, max_size=3), WIDTH, st.lists(st.integers(1, 17), min_size=1, max_size=5), SEED)
 def test_every_row_gets_its_own_adapters_update(widths: list[int], d_in: int, ranks: list[int], seed: int) -> None:
     """Any mix of ranks, the base among them, and adapters of only some outputs; thick ones are left to other products."""
-    index, table, dense = thin_table(widths, d_in, ranks, seed % 3 / 4, rng := np.random.default_rng(seed))
+    index, line, dense = thin_table(widths, d_in, ranks, seed % 3 / 4, rng := np.random.default_rng(seed))
     x, y = (normal(rng, 9, 2 * n)[:, ::2] if seed % 2 else normal(rng, 9, n) for n in (d_in, sum(widths)))
     whose = rng.integers(-1, len(ranks), 7).tolist()  # the line is longer: filling
     wanted, size = y.double(), y.double().abs()
@@ -221,7 +222,7 @@ def test_every_row_gets_its_own_adapters_update(widths: list[int], d_in: int, ra
             wanted[i] += x[i].double() @ dense[slot]
             size[i] += x[i].double().abs() @ dense[slot].abs()
     thin = index.slots([Segment(None if slot < 0 else slot, 1, 1) for slot in whose], [1] * 7)
-    RowWise(index, table, thin, Active([], [])).add(x, y, "out0")
+    RowWise(index, line, thin, Active([], [])).add(x, y, "out0")
     assert bool(((y.double() - wanted).abs() <= 1e-5 * size).all())
 
 

@@ -361,13 +361,13 @@ def test_one_update_of_many_rows_is_an_update_of_each(slots: list[int], steps: i
         s: AdamParams(float(rng.choice([1e-3, 1e-1])), eps=1e-8, weight_decay=float(rng.choice([0, 0.1])), grad_clip_norm=float(s % 2))
         for s in slots
     }
-    many, single = Rows(0, torch.device("cpu")), Rows(0, torch.device("cpu"))
+    many, single = Rows(torch.device("cpu")), Rows(torch.device("cpu"))
     start = {}
     for rows in (many, single):
         for i, size in enumerate(sizes):
             assert rows.claim(size) == i
             start[i] = torch.from_numpy(np.random.default_rng([seed, i]).normal(0, 1, size).astype(np.float32))
-            rows.training[i, :size] = start[i]
+            rows.open(i).weights[:] = start[i]
     models = {s: torch.nn.Parameter(start[s].clone()) for s in slots}
     optimizers = {
         s: torch.optim.AdamW([models[s]], lr=p.learning_rate, betas=(p.beta1, p.beta2), eps=p.eps, weight_decay=p.weight_decay)
@@ -376,12 +376,13 @@ def test_one_update_of_many_rows_is_an_update_of_each(slots: list[int], steps: i
     for _ in range(steps):
         for s in slots:
             g = torch.from_numpy(rng.normal(0, 1, sizes[s]).astype(np.float32))
-            many.grads[s, : sizes[s]] = single.grads[s, : sizes[s]] = g
+            many.open(s).grad[:] = single.open(s).grad[:] = g
             norm = float(torch.linalg.vector_norm(g))
             models[s].grad = g / norm if params[s].grad_clip_norm and norm > 1 else g
             optimizers[s].step()
         assert many.adam(slots, [params[s] for s in slots]) == [single.adam([s], [params[s]])[0] for s in slots]
-    for field in ("training", "m", "v", "grads"):
-        assert torch.equal(getattr(many, field), getattr(single, field)), field
+    for s in range(6):
+        for field in ("weights", "m", "v", "grad"):
+            assert torch.equal(getattr(many.open(s), field), getattr(single.open(s), field)), field
     for s in slots:
-        assert (many.training[s, : sizes[s]] - models[s].detach()).abs().max() < 1e-6 * max(1, models[s].detach().abs().max())
+        assert (many.training(s) - models[s].detach()).abs().max() < 1e-6 * max(1, models[s].detach().abs().max())

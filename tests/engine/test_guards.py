@@ -18,6 +18,7 @@ from engine_tools import (
     datum,
     full_engine,
     lora_engine,
+    no_gradients,
     prompt,
     row_bytes,
     sampled_datum,
@@ -202,11 +203,11 @@ def test_targets_without_a_gradient_are_named() -> None:
     """An adapter that is half connected trains a little and looks healthy; the first step must say so and change nothing."""
     engine = dead_end_engine()
     engine.create_adapter("x", SMALL)
-    before = row_bytes(engine, "x", ("training", "published", "m", "v"))
+    before = row_bytes(engine, "x", ("weights", "published", "m", "v"))
     engine.forward_backward("x", [datum(40)], "cross_entropy").result()
     with expect_refused(AttestationError, "model.layers.1.self_attn.dead_end"):
         engine.optim_step("x", STEP).result()
-    assert row_bytes(engine, "x", ("training", "published", "m", "v")) == before
+    assert row_bytes(engine, "x", ("weights", "published", "m", "v")) == before
     engine.create_adapter("y", LoraConfig(rank=2, target_modules=("q_proj", "up_proj")))
     engine.forward_backward("y", [datum(40)], "cross_entropy").result()
     assert engine.optim_step("y", STEP).result()["version"] == 1
@@ -264,7 +265,7 @@ def test_forged_evidence_is_refused(forged: dict) -> None:
     with expect_refused(AttestationError, "'x'"):
         engine.forward_backward("x", [row, dataclasses.replace(row, adapter=dataclasses.replace(row.adapter, **forged))], "ppo")
     assert engine.step() == 0
-    assert not engine._stack.rows.grads.any()
+    assert no_gradients(engine)
 
 
 def test_samples_of_another_adapter_are_refused() -> None:
@@ -324,7 +325,7 @@ def test_samples_from_before_a_roll_back_are_refused(wait: bool) -> None:
     with expect_refused(AttestationError, "'x'"):
         engine.forward_backward("x", [row], "ppo").result()
     load.result()
-    assert not engine._stack.rows.grads.any()
+    assert no_gradients(engine)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -373,14 +374,14 @@ def test_damaged_checkpoints_change_nothing(damage: str, name: str) -> None:
         trained(engine, adapter, 2)
     checkpoint = engine.save_state("y").result()
     before = {adapter: (row_bytes(engine, adapter), engine.save_state(adapter).result().adapter) for adapter in ("x", "y")}
-    free = len(engine._stack.rows.free)
+    free = len(engine._stack.rows)
     spoil, words = DAMAGES[damage]
     with expect_refused(AdapterError, *words):
         engine.load_state(name, spoil(checkpoint)).result()
     for adapter, (content, described) in before.items():
         assert row_bytes(engine, adapter) == content
         assert engine.save_state(adapter).result().adapter == described
-    assert len(engine._stack.rows.free) == free, "the slot that was tried is lost"
+    assert len(engine._stack.rows) == free, "the slot that was tried is lost"
     with expect_refused(AdapterError, "'new'"):
         engine.sample(prompt(3), "new", FREE)
     engine.load_state(name, checkpoint).result()
@@ -442,7 +443,7 @@ def test_loading_over_an_adapter_drops_its_waiting_gradient() -> None:
     checkpoint = engine.save_state("x").result()
     engine.forward_backward("x", [datum(9)], "cross_entropy").result()
     engine.load_state("x", checkpoint).result()
-    assert not any(row_bytes(engine, "x", ("grads",))["grads"])
+    assert not any(row_bytes(engine, "x", ("grad",))["grad"])
 
 
 # ---------------------------------------------------------------- bases

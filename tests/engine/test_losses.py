@@ -187,7 +187,7 @@ def test_mask_weights_scale_the_engine_gradient(name: str) -> None:
         row.mask[:] *= factor
         engine.forward_backward("x", [row], name).result()
         found.append(gradients(engine, "x"))
-        engine._stack.rows.grads.zero_()
+        engine.zero_grad("x").result()
     for key, gradient in found[0].items():
         assert relative_error(found[1][key], 2 * gradient) < 1e-6, key
 
@@ -201,7 +201,7 @@ def test_all_ratio_losses_agree_on_policy(name: str) -> None:
     on_policy = dataclasses.replace(row, logprobs=engine.forward("x", [row], "cross_entropy").result().logprobs_D[0])
     metrics = engine.forward_backward("x", [on_policy], name).result().metrics
     found = gradients(engine, "x")
-    engine._stack.rows.grads.zero_()
+    engine.zero_grad("x").result()
     engine.forward_backward("x", [dataclasses.replace(row, mask=row.mask * row.advantages)], "cross_entropy").result()
     for key, gradient in gradients(engine, "x").items():
         assert relative_error(found[key], gradient) < 1e-5, key

@@ -106,7 +106,7 @@ def test_the_weights_of_a_mean_are_relative(tmp_path) -> None:
     for weights in (np.full(15, 0.01), np.linspace(0, 0.05, 15)):
         counted = dataclasses.replace(row, per_token={"sequence_ratio_mask": weights.astype(np.float32)})
         check(engine, model, [counted], "gspo", wide)
-        engine._stack.rows.grads.zero_()
+        engine.zero_grad("x").result()
 
 
 def test_datums_without_weights_have_no_ratio(tmp_path) -> None:

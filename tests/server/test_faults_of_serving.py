@@ -122,8 +122,8 @@ def test_an_adapter_that_is_not_shipped(client: Client, monkeypatch: pytest.Monk
     describe, rows = engine._describe, engine._stack.rows
     arrays = engine._arrays
     client.create().step()
-    monkeypatch.setattr(engine, "_describe", lambda name, stacked: describe(name, rows.published))
-    monkeypatch.setattr(engine, "_arrays", lambda slot, stacked: arrays(slot, rows.published))
+    monkeypatch.setattr(engine, "_describe", lambda name, row: describe(name, rows.published(engine._slot(name).slot)))
+    monkeypatch.setattr(engine, "_arrays", lambda slot, row: arrays(slot, rows.published(slot)))
     client.save()
     with pytest.raises(Failed, match=r"has no effect here: it changed the canary's log-probabilities by up to .* where it was saved"):
         client.sample()

@@ -381,28 +381,28 @@ def copy_positions(keys, values, places, to_keys, to_values, to, length):
 
 
 def add_thin(x: Tensor, y: Tensor, *thin: np.ndarray) -> None:
-    """y [line, d_out] += scale x A^T B^T with x [line, d_in], every row with its own adapter. ``thin`` are the table of adapters
-    [slots, size]; each row's slot, -1 for none; where A [rank, d_in] and B^T [rank, columns of the output] of each output begin in
-    the table [slots, outputs], -1 where there is none; where outputs begin in y [outputs + 1]; and rank and scale by slot."""
+    """y [line, d_out] += scale x A^T B^T with x [line, d_in], every row with its own adapter. ``thin`` are the line of adapters;
+    each row's slot, -1 for none; where A [rank, d_in] and B^T [rank, columns of the output] of each output begin in the line
+    [slots, outputs], -1 where there is none; where outputs begin in y [outputs + 1]; and rank and scale by slot."""
     _add_thin(x.numpy(), y.numpy(), *thin, _room(THIN))
 
 
 @_loop
-def _add_thin(x, y, table, slots, at_a, at_b, columns, ranks, scales, low):
+def _add_thin(x, y, adapters, slots, at_a, at_b, columns, ranks, scales, low):
     for i in range(slots.shape[0]):
-        _add_thin_row(x[i], y[i], table, slots[i], at_a, at_b, columns, ranks, scales, low)
+        _add_thin_row(x[i], y[i], adapters, slots[i], at_a, at_b, columns, ranks, scales, low)
 
 
 @_inner
-def _add_thin_row(x, y, table, slot, at_a, at_b, columns, ranks, scales, low):
+def _add_thin_row(x, y, adapters, slot, at_a, at_b, columns, ranks, scales, low):
     if slot >= 0:
         rank, d_in = ranks[slot], x.shape[0]
         for o in range(at_a.shape[1]):
             begin, stop, a, b = columns[o], columns[o + 1], at_a[slot, o], at_b[slot, o]
             if a >= 0:
                 width = stop - begin
-                _project(x, table[slot, a : a + rank * d_in].reshape(rank, d_in), scales[slot], low)
-                _expand(low, table[slot, b : b + rank * width].reshape(rank, width), y[begin:stop])
+                _project(x, adapters[a : a + rank * d_in].reshape(rank, d_in), scales[slot], low)
+                _expand(low, adapters[b : b + rank * width].reshape(rank, width), y[begin:stop])
 
 
 @_inner
@@ -445,7 +445,7 @@ def _expand(low, bt, y):
 @_loop
 def attention_stage(
     x, qkv, weight, eps, cos, sin, keys, values, shared_keys, shared_values, rows, cache_slots, positions, shared_slots, shared,
-    scale, window, softcap, out, weights, turned, table, slots, at_a, at_b, columns, ranks, scales, low,
+    scale, window, softcap, out, weights, turned, adapters, slots, at_a, at_b, columns, ranks, scales, low,
 ):  # fmt: skip
     """From the product qkv of x to attention's output [line, heads * dim], for ``rows`` of the line: their thin adapters, ``turn`` with
     tables cos and sin [context, dim], and ``attend_cached``. Room to work in: weights as of ``room_to_attend``, turned
@@ -457,7 +457,7 @@ def attention_stage(
         i, slot, ours, position = rows[n], cache_slots[n], shared_slots[n], positions[n]
         y, c, s, own = qkv[i], cos[position], sin[position], position - shared[n]
         if i < slots.shape[0]:
-            _add_thin_row(x[i], y, table, slots[i], at_a, at_b, columns, ranks, scales, low)
+            _add_thin_row(x[i], y, adapters, slots[i], at_a, at_b, columns, ranks, scales, low)
         for h in range(heads + kv_heads):
             head = y[h * dim : (h + 1) * dim]
             if weight.shape[0] > 0:
@@ -480,24 +480,24 @@ def attention_stage(
 
 
 @_loop
-def norm_stage(x, y, weight, eps, out, table, slots, at_a, at_b, columns, ranks, scales, low):
+def norm_stage(x, y, weight, eps, out, adapters, slots, at_a, at_b, columns, ranks, scales, low):
     """Thin adapters' part in the product y of x, and its ``norm``."""
     for i in range(y.shape[0]):
         yi, o = y[i], out[i]
         if i < slots.shape[0]:
-            _add_thin_row(x[i], yi, table, slots[i], at_a, at_b, columns, ranks, scales, low)
+            _add_thin_row(x[i], yi, adapters, slots[i], at_a, at_b, columns, ranks, scales, low)
         r = _inverse_rms(yi, eps)
         for j in range(yi.shape[0]):
             o[j] = yi[j] * r * weight[j]
 
 
 @_loop
-def swiglu_stage(x, y, out, table, slots, at_a, at_b, columns, ranks, scales, low):
+def swiglu_stage(x, y, out, adapters, slots, at_a, at_b, columns, ranks, scales, low):
     """Thin adapters' part in the product y of x, gate and up, and its ``swiglu``."""
     width = out.shape[1]
     for i in range(y.shape[0]):
         if i < slots.shape[0]:
-            _add_thin_row(x[i], y[i], table, slots[i], at_a, at_b, columns, ranks, scales, low)
+            _add_thin_row(x[i], y[i], adapters, slots[i], at_a, at_b, columns, ranks, scales, low)
         gate, up, o = y[i, :width], y[i, width:], out[i]
         for j in range(width):
             o[j] = gate[j] / (_one + _exp(-gate[j])) * up[j]

@@ -140,9 +140,9 @@ class LocalEngine:
             raise AdapterError(f"there is no adapter {name!r}; loaded are: {', '.join(self._slots) or 'none'}")
         return self._slots[name]
 
-    def _describe(self, name: str, stacked: torch.Tensor) -> Adapter:
+    def _describe(self, name: str, row: torch.Tensor) -> Adapter:
         slot = self._slot(name)
-        return Adapter(name, slot.version, digest_adapter(self._arrays(slot.slot, stacked), slot.config), self.base_id, self.base_digest)
+        return Adapter(name, slot.version, digest_adapter(self._arrays(slot.slot, row), slot.config), self.base_id, self.base_digest)
 
     # ------------------------------------------------ passes
 
@@ -242,11 +242,11 @@ class LocalEngine:
         if not ready:
             return
         rows = self._stack.rows
-        before = [rows.training[slot.slot].clone() for _, slot, _ in ready]
+        before = [rows.training(slot.slot).clone() for _, slot, _ in ready]
         norms = rows.adam([slot.slot for _, slot, _ in ready], [params for _, _, params in ready])
         for (request, slot, params), norm, old in zip(ready, norms, before, strict=True):
             slot.pending_tokens = 0
-            if not isinstance(norm, Exception) and norm > 0 < params.learning_rate and torch.equal(old, rows.training[slot.slot]):
+            if not isinstance(norm, Exception) and norm > 0 < params.learning_rate and torch.equal(old, rows.training(slot.slot)):
                 norm = AttestationError(NOTHING_MOVED)
             if isinstance(norm, Exception):
                 request.future.set_error(norm)
@@ -266,7 +266,7 @@ class LocalEngine:
                 raise AttestationError(
                     f"the adapter would be half trained: {len(untrained)} targets got no gradient, {untrained[0]} among them"
                 )
-            slot.reached = bool(self._stack.rows.grads[slot.slot].any())
+            slot.reached = bool(self._stack.rows.open(slot.slot).grad.any())
 
     def zero_grad(self, adapter: str) -> EngineFuture[None]:
         return self._enqueue_barrier(adapter, lambda: self._zero_grad(adapter))
@@ -274,7 +274,7 @@ class LocalEngine:
     def _zero_grad(self, name: str) -> None:
         slot = self._slot(name)
         slot.pending_tokens = 0
-        self._stack.rows.grads[slot.slot].zero_()
+        self._stack.rows.drop_gradient(slot.slot)
 
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
         return self._enqueue_barrier(adapter, lambda: self._publish(adapter), changes_samples=True)
@@ -283,7 +283,7 @@ class LocalEngine:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
         before = slot.published
-        slot.published = self._describe(name, self._stack.rows.published)  # of what will be sampled, not of what was meant
+        slot.published = self._describe(name, self._stack.rows.published(slot.slot))  # of what will be sampled, not of what was meant
         self._drop_prefixes(before)
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
@@ -295,13 +295,15 @@ class LocalEngine:
         slot, rows = self._slot(name), self._stack.rows
         optimizer: dict[str, np.ndarray] = {}
         if kind == "training":
-            optimizer = {f"m.{key}": array for key, array in self._arrays(slot.slot, rows.m).items()}
-            optimizer |= {f"v.{key}": array for key, array in self._arrays(slot.slot, rows.v).items()}
-            optimizer["step"] = np.array(rows.steps[slot.slot])
-        return Checkpoint(kind, self._describe(name, rows.training), slot.config, self._arrays(slot.slot, rows.training), optimizer)
+            state = rows.open(slot.slot)
+            optimizer = {f"m.{key}": array for key, array in self._arrays(slot.slot, state.m).items()}
+            optimizer |= {f"v.{key}": array for key, array in self._arrays(slot.slot, state.v).items()}
+            optimizer["step"] = np.array(state.steps)
+        row = rows.training(slot.slot)
+        return Checkpoint(kind, self._describe(name, row), slot.config, self._arrays(slot.slot, row), optimizer)
 
-    def _arrays(self, slot: int, stacked: torch.Tensor) -> dict[str, np.ndarray]:
-        return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, stacked).items()}
+    def _arrays(self, slot: int, row: torch.Tensor) -> dict[str, np.ndarray]:
+        return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, row).items()}
 
     def load_state(self, adapter: str, checkpoint: Checkpoint) -> EngineFuture[None]:
         return self._enqueue_barrier(adapter, lambda: self._load_state(adapter, checkpoint), changes_samples=True)
@@ -319,20 +321,21 @@ class LocalEngine:
             raise
         if name in self._slots:
             self._forget(name)
-        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version, reached=self._stack.rows.steps[slot] > 0)
+        self._slots[name] = _Slot(slot, checkpoint.config, checkpoint.adapter.version, reached=_steps(checkpoint) > 0)
         self._publish(name)
 
     def _fill(self, slot: int, checkpoint: Checkpoint) -> None:
         rows = self._stack.rows
-        parts = [(rows.training, "", checkpoint.weights)]
-        if checkpoint.kind == "training":
-            parts += [(rows.m, "m.", checkpoint.optimizer), (rows.v, "v.", checkpoint.optimizer)]
         if checkpoint.kind == "training":
             if "step" not in checkpoint.optimizer:
                 raise AdapterError(f"checkpoint of {checkpoint.adapter.name!r}: the optimizer's step is missing")
-            rows.steps[slot] = int(checkpoint.optimizer["step"])
-        for stacked, prefix, arrays in parts:
-            named = self._stack.named(slot, stacked)
+            state = rows.open(slot)
+            state.steps = _steps(checkpoint)
+            parts = [(state.weights, "", checkpoint.weights), (state.m, "m.", checkpoint.optimizer), (state.v, "v.", checkpoint.optimizer)]
+        else:
+            parts = [(rows.published(slot), "", checkpoint.weights)]
+        for row, prefix, arrays in parts:
+            named = self._stack.named(slot, row)
             for key, tensor in named.items():
                 array = arrays.get(prefix + key)
                 if array is None or array.shape != tuple(tensor.shape):
@@ -403,6 +406,8 @@ class LocalEngine:
             return False
         if request.train is not None:
             request.train.slot = None if slots[0] is None else slots[0].slot
+            if request.train.backward and request.train.slot is not None:
+                self._stack.rows.open(request.train.slot)
         if request.sample is not None:
             request.sample.acting = [Acting(None, None) if slot is None else Acting(slot.slot, slot.published) for slot in slots]
         return True
@@ -479,11 +484,15 @@ class LocalEngine:
             self._slot(name).dropped = True
 
     def _add_gradient(self, slot: int, gradient: torch.Tensor) -> None:
-        total = self._stack.rows.grads[slot]
+        total = self._stack.rows.trained[slot].grad
         if total.is_cuda:
             total.add_(gradient)
         else:
             np.add(total.numpy(), gradient.numpy(), out=total.numpy())  # torch would use all threads, which other passes are using
+
+
+def _steps(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.optimizer.get("step", 0))
 
 
 def _answer(future: EngineFuture[T], run: Callable[[], T]) -> None:

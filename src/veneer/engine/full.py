@@ -25,7 +25,8 @@ class FullStack:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.shapes = {name: p.shape for name, p in base.model.named_parameters()}
-        self.rows = Rows(sum(s.numel() for s in self.shapes.values()), base.device)
+        self.size = sum(s.numel() for s in self.shapes.values())
+        self.rows = Rows(base.device)
 
     def stackable(self, slots: Sequence[int | None]) -> bool:
         """Copies of the weights run one at a time."""
@@ -34,31 +35,27 @@ class FullStack:
     def create(self, config: LoraConfig | None) -> int:
         if config is not None:
             raise AdapterError("this engine trains full copies of the weights and was asked for a low-rank adapter; give None")
-        slot = self.rows.claim(self.rows.size)
-        for name, view in self.views(slot, self.rows.training).items():
+        slot = self.rows.claim(self.size)
+        for name, view in self._views(self.rows.published(slot)).items():
             view.copy_(self.base.model.get_parameter(name))
-        self.rows.publish(slot)
         return slot
 
     def remove(self, slot: int) -> None:
         self.rows.release(slot)
 
-    def views(self, slot: int, stacked: Tensor) -> dict[str, Tensor]:
-        return self._views(stacked[slot])
-
     def _views(self, row: Tensor) -> dict[str, Tensor]:
         parts = row.split([s.numel() for s in self.shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
-    def named(self, slot: int, stacked: Tensor) -> dict[str, Tensor]:
-        return self.views(slot, stacked)
+    def named(self, slot: int, row: Tensor) -> dict[str, Tensor]:
+        return self._views(row)
 
     def without_gradient(self, slot: int) -> list[str]:
         """Nothing to tell: rows of the embedding that no token used have none rightly."""
         return []
 
     def trainable_parameters(self, slot: int) -> int:
-        return self.rows.size
+        return self.size
 
     @torch.no_grad()
     def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
@@ -66,15 +63,15 @@ class FullStack:
         (slot,) = {segment.slot for segment in flat.segments}
         if slot is None:
             return self.base(flat, finish)
-        return self._call(self.views(slot, self.rows.published if published else self.rows.training), flat, finish)
+        return self._call(self._views(self.rows.published(slot) if published else self.rows.training(slot)), flat, finish)
 
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
         """As ``LoraStack.train``; one segment at a time."""
         (segment,) = flat.segments
         assert segment.slot is not None
-        row = torch.zeros(self.rows.size, device=self.base.device)
+        row = torch.zeros(self.size, device=self.base.device)
         grads = self._views(row)
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.views(segment.slot, self.rows.training).items()}
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in self._views(self.rows.training(segment.slot)).items()}
         for name, leaf in leaves.items():
             leaf.grad = grads[name]  # autograd adds in place: straight into the row
         with torch.enable_grad():

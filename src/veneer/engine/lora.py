@@ -1,7 +1,7 @@
 """Low-rank adapters on the linear maps of a frozen model: W + (alpha / rank) B A, many of them side by side.
 
-Every adapter is a row of ``Rows``; A [rank, d_in] and the transpose of B [rank, d_out] of each adapted map are views into
-it. The tokens of a pass are sorted by slot, and each linear map adds the updates segment by segment: through a forward
+Every adapter has a slot in ``Rows``; A [rank, d_in] and the transpose of B [rank, d_out] of each adapted map are views into
+its rows. The tokens of a pass are sorted by slot, and each linear map adds the updates segment by segment: through a forward
 hook on Hugging Face's module, or inside ``FusedModel``. The model's own modules are left as they are: without a segment
 the output is the base's.
 """
@@ -102,7 +102,7 @@ class LoraStack:
         self.configs: dict[int, LoraConfig] = {}
         self.layouts: dict[int, dict[str, tuple[int, int]]] = {}
         """slot -> module -> where A and B^T begin in the slot's row."""
-        self.rows = Rows(0, base.device)
+        self.rows = Rows(base.device)
         self.fused = FusedModel.of(base)
         self.products = [] if self.fused is None else self.fused.products
         joined = {name for names in self.products for name in names}
@@ -111,7 +111,7 @@ class LoraStack:
         self.thin: ThinAdapters | None = None
         if compiled.runs_on(next(base.model.parameters())):
             self.thin = ThinAdapters(self.products, {name: linear.out_features for name, linear in self.linears.items()})
-        self._kept_parts: dict[tuple[int, int, bool], dict[str, Part]] = {}
+        self._kept_parts: dict[tuple[int, int], dict[str, Part]] = {}
         self._stackable: dict[tuple[int | None, ...], bool] = {}
         self._lane = threading.local()
         if self.fused is None:
@@ -151,12 +151,11 @@ class LoraStack:
         self._forget()
         self.configs[slot], self.layouts[slot] = config, layout
         if self.thin is not None:
-            self.thin.put(slot, config, layout)
+            self.thin.put(slot, config, layout, self.rows.begin(slot))
         generator = torch.Generator().manual_seed(config.seed % 2**63)
-        for name, (a, _) in self.views(slot, self.rows.training).items():
+        for name, (a, _) in self.views(slot, self.rows.published(slot)).items():
             bound = 1 / math.sqrt(self.linears[name].in_features)
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-        self.rows.publish(slot)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -169,12 +168,9 @@ class LoraStack:
         self._kept_parts.clear()
         self._stackable.clear()
 
-    def views(self, slot: int, stacked: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module -> (A [rank, d_in], B^T [rank, d_out]) inside one row of ``stacked`` [slots, size]."""
-        return self._views(slot, stacked[slot])
-
-    def _views(self, slot: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The same in a row [size], or in a stack of rows of one shape [k, size] with k in front."""
+    def views(self, slot: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module -> (A [rank, d_in], B^T [rank, d_out]) inside one of the slot's rows [size], or inside a stack of rows of one shape
+        [k, size] with k in front."""
         rank, views = self.configs[slot].rank, {}
         for name, (at_a, at_b) in self.layouts[slot].items():
             linear = self.linears[name]
@@ -183,20 +179,20 @@ class LoraStack:
             views[name] = (a, bt)
         return views
 
-    def named(self, slot: int, stacked: Tensor) -> dict[str, Tensor]:
+    def named(self, slot: int, row: Tensor) -> dict[str, Tensor]:
         """PEFT's names and orientation: ``<module>.lora_A.weight`` [rank, d_in], ``<module>.lora_B.weight`` [d_out, rank]."""
         named = {}
-        for name, (a, bt) in self.views(slot, stacked).items():
+        for name, (a, bt) in self.views(slot, row).items():
             named[f"{name}.lora_A.weight"], named[f"{name}.lora_B.weight"] = a, bt.T
         return named
 
     def trainable_parameters(self, slot: int) -> int:
-        return sum(t.numel() for t in self.named(slot, self.rows.training).values())
+        return sum(t.numel() for t in self.named(slot, self.rows.published(slot)).values())
 
     def without_gradient(self, slot: int) -> list[str]:
         """Adapted linear maps whose B has a gradient of exactly zero beside others that have one: their hook was never called, or
         they lead nowhere. A gradient of zero everywhere says nothing about any of them."""
-        views = self.views(slot, self.rows.grads)
+        views = self.views(slot, self.rows.open(slot).grad)
         zero = [name for name, (_, bt) in views.items() if not bt.any()]
         return zero if len(zero) < len(views) else []
 
@@ -211,9 +207,8 @@ class LoraStack:
         return self._stackable[key]
 
     def _are_alike(self, slots: Sequence[int]) -> bool:
-        first = slots[0]
         same = [(self.layouts[slot], self.configs[slot].rank, self.configs[slot].alpha) for slot in slots]
-        return list(slots) == list(range(first, first + len(slots))) and all(shape == same[0] for shape in same)
+        return self.rows.neighbours(slots) and all(shape == same[0] for shape in same)
 
     @torch.no_grad()
     def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
@@ -228,9 +223,9 @@ class LoraStack:
 
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
         """Back-propagate the loss that ``finish`` returns. Per segment its gradient, shaped as the slot's row."""
-        grads = [torch.zeros(self.rows.size, device=self.base.device) for _ in flat.segments]
+        grads = [torch.zeros(0 if s.slot is None else self.rows.size(s.slot), device=self.base.device) for s in flat.segments]
         parts = [
-            None if s.slot is None else self._parts_of(s.slot, self.rows.training[s.slot], g)
+            None if s.slot is None else self._parts_of(s.slot, self.rows.training(s.slot), g)
             for s, g in zip(flat.segments, grads, strict=True)
         ]
         active = Active([s.tokens for s in flat.segments], parts)
@@ -248,27 +243,28 @@ class LoraStack:
         """What the segments add to their ``counts`` rows."""
         slots = [s.slot for s in flat.segments]
         if published and self.thin is not None:
-            thick = [None if slot is None or self.thin.ranks[slot] else self._parts(slot, 1, published) for slot in slots]
+            thick = [None if slot is None or self.thin.ranks[slot] else self._published_parts(slot) for slot in slots]
             by_segment = Active(counts, thick) if any(thick) else Active([], [])
-            return RowWise(self.thin, self.rows.published.numpy(), self.thin.slots(flat.segments, counts), by_segment)
+            return RowWise(self.thin, self.rows.line.tensor.numpy(), self.thin.slots(flat.segments, counts), by_segment)
+        if not published:
+            return Active(counts, [None if slot is None else self._parts_of(slot, self.rows.training(slot)) for slot in slots])
         if len(set(counts)) == 1 and counts[0] >= TILE and sum(counts) == len(flat.tokens) and self.stackable(slots):
-            return Active([len(flat.tokens)], [self._parts(slots[0], len(slots), published)])
-        return Active(counts, [self._parts(slot, 1, published) for slot in slots])
+            return Active([len(flat.tokens)], [self._published_parts(slots[0], len(slots))])
+        return Active(counts, [self._published_parts(slot) for slot in slots])
 
-    def _parts(self, slot: int | None, count: int, published: bool) -> dict[str, Part] | None:
+    def _published_parts(self, slot: int | None, count: int = 1) -> dict[str, Part] | None:
         """The views of a slot's row, or of ``count`` rows from there on, by product; kept, for a decoding step has no time to
         make them."""
         if slot is None:
             return None
-        key = (slot, count, published)
+        key = (slot, count)
         if key not in self._kept_parts:
-            stacked = self.rows.published if published else self.rows.training
-            self._kept_parts[key] = self._parts_of(slot, stacked[slot] if count == 1 else stacked[slot : slot + count])
+            self._kept_parts[key] = self._parts_of(slot, self.rows.published(slot) if count == 1 else self.rows.stacked(slot, count))
         return self._kept_parts[key]
 
     def _parts_of(self, slot: int, row: Tensor, grads: Tensor | None = None) -> dict[str, Part]:
-        config, views = self.configs[slot], self._views(slot, row)
-        wanted = None if grads is None else self._views(slot, grads)
+        config, views = self.configs[slot], self.views(slot, row)
+        wanted = None if grads is None else self.views(slot, grads)
         parts: dict[str, Part] = {}
         for names in self.products:
             outputs: list[Output] = []

@@ -1,57 +1,144 @@
-"""The adapter axis: the weights, gradients and moments of all adapters as rows of stacked tensors."""
+"""The memory of all adapters: what they sample with side by side in one line, and what training needs, made when it begins."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from veneer.types import AdamParams, RequestError
 
-FIELDS = ("training", "published", "grads", "m", "v")
 LARGEST = 1e6
 """No sound adapter has a weight near it."""
 NOT_FINITE = "the gradient is not finite, or its square is not; the weights were left as they were. Lower the learning rate"
+ALIGNED = 16
+"""Every adapter begins at a multiple of this many numbers: where a matrix lies in memory may decide how a library sums."""
+
+
+class Line:
+    """One tensor that pieces of any length are taken from and given back to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros(0, device=device)
+        self._gaps: list[tuple[int, int]] = []
+        """(begin, end) of what is free, in order, no two of which touch."""
+
+    def take(self, size: int) -> int:
+        """Where ``size`` zeros begin. The line grows, and the tensor moves, when there is no room."""
+        at = next((i for i, (begin, end) in enumerate(self._gaps) if end - begin >= size), None)
+        if at is None:
+            self._grow(size)
+            at = len(self._gaps) - 1
+        begin, end = self._gaps.pop(at)
+        if end - begin > size:
+            self._gaps.insert(at, (begin + size, end))
+        self.tensor[begin : begin + size].zero_()
+        return begin
+
+    def give(self, begin: int, size: int) -> None:
+        at, end = bisect_left(self._gaps, (begin, begin)), begin + size
+        if at < len(self._gaps) and self._gaps[at][0] == end:
+            end = self._gaps.pop(at)[1]
+        if at > 0 and self._gaps[at - 1][1] == begin:
+            begin = self._gaps.pop(at - 1)[0]
+            at -= 1
+        self._gaps.insert(at, (begin, end))
+
+    def _grow(self, size: int) -> None:
+        """By half, or so that ``size`` fits at the end."""
+        old, length = self.tensor, len(self.tensor)
+        tail = length - self._gaps[-1][0] if self._gaps and self._gaps[-1][1] == length else 0
+        new = max(length + size - tail, length + length // 2 // ALIGNED * ALIGNED)
+        self.tensor = torch.zeros(new, device=old.device)
+        self.tensor[:length] = old
+        self.give(length, new - length)
+
+
+@dataclass
+class Trained:
+    """What an adapter that is trained has beside its published row, each [size]."""
+
+    weights: Tensor
+    grad: Tensor
+    m: Tensor
+    v: Tensor
+    steps: int = 0
+    """Of Adam."""
 
 
 class Rows:
-    """Flat parameter vectors [slots, size]: a training row with gradient and Adam moments, and a published row to sample from.
+    """Flat parameter vectors, one a slot, each of its own size: a published row to sample from, and for those that are trained a
+    training row with gradient and Adam moments. Rows never mix."""
 
-    A slot holds one adapter, in the first numbers of its row; the rest stays zero. Rows never mix.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.line = Line(device)
+        """The published rows."""
+        self.trained: dict[int, Trained] = {}
+        self._places: dict[int, tuple[int, int]] = {}
+        """slot -> where its published row begins, and its size."""
+        self._free: list[int] = []
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size, self.device = size, device
-        self.free: list[int] = []
-        self.training, self.published, self.grads, self.m, self.v = (torch.zeros(0, size, device=device) for _ in FIELDS)
-        self.steps: list[int] = []
+    def __len__(self) -> int:
+        """Slots in use."""
+        return len(self._places)
 
     def claim(self, size: int) -> int:
-        """A zeroed slot with room for ``size`` numbers; the stack grows, and its tensors move, when there is none."""
-        slots = len(self.steps)
-        if not self.free:
-            grown = max(1, slots // 2)
-            self.steps += [0] * grown
-            self.free = list(range(slots + grown - 1, slots - 1, -1))
-        if size > self.size or len(self.steps) > slots:
-            self.size = max(size, self.size)
-            for name in FIELDS:
-                old: Tensor = getattr(self, name)
-                new = torch.zeros(len(self.steps), self.size, device=self.device)
-                new[:slots, : old.shape[1]] = old
-                setattr(self, name, new)
-        slot = self.free.pop()
-        for name in FIELDS:
-            getattr(self, name)[slot].zero_()
-        self.steps[slot] = 0
+        """A zeroed slot of ``size`` numbers. Views of published rows may be of old memory afterwards."""
+        slot = self._free.pop() if self._free else len(self._places)
+        self._places[slot] = (self.line.take(_whole(size)), size)
         return slot
 
     def release(self, slot: int) -> None:
-        self.free.append(slot)
+        begin, size = self._places.pop(slot)
+        self.line.give(begin, _whole(size))
+        self.trained.pop(slot, None)
+        self._free.append(slot)
+
+    def begin(self, slot: int) -> int:
+        """Where its published row begins in ``line``."""
+        return self._places[slot][0]
+
+    def size(self, slot: int) -> int:
+        return self._places[slot][1]
+
+    def published(self, slot: int) -> Tensor:
+        """[size], a view."""
+        begin, size = self._places[slot]
+        return self.line.tensor[begin : begin + size]
+
+    def neighbours(self, slots: Sequence[int]) -> bool:
+        """Whether the published rows are equally long and lie behind each other in this order."""
+        begin, size = self._places[slots[0]]
+        return all(self._places[slot] == (begin + i * _whole(size), size) for i, slot in enumerate(slots))
+
+    def stacked(self, slot: int, count: int) -> Tensor:
+        """The published rows of ``count`` neighbours from ``slot`` on, [count, size], a view."""
+        begin, size = self._places[slot]
+        return self.line.tensor[begin : begin + count * _whole(size)].view(count, -1)[:, :size]
+
+    def training(self, slot: int) -> Tensor:
+        """The weights as training left them, [size]: the published ones where nobody has trained."""
+        return self.trained[slot].weights if slot in self.trained else self.published(slot)
+
+    def open(self, slot: int) -> Trained:
+        """What training changes; from the first time on its weights are apart from the published ones."""
+        if slot not in self.trained:
+            weights = self.published(slot).clone()
+            grad, m, v = torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros_like(weights)
+            self.trained[slot] = Trained(weights, grad, m, v)
+        return self.trained[slot]
 
     def publish(self, slot: int) -> None:
-        self.published[slot].copy_(self.training[slot])
+        if slot in self.trained:
+            self.published(slot).copy_(self.trained[slot].weights)
+
+    def drop_gradient(self, slot: int) -> None:
+        if slot in self.trained:
+            self.trained[slot].grad.zero_()
 
     def adam(self, slots: Sequence[int], params: Sequence[AdamParams]) -> list[float | RequestError]:
         """One AdamW step with bias correction (Kingma & Ba, https://arxiv.org/abs/1412.6980, algorithm 1; decoupled decay)
@@ -59,43 +146,58 @@ class Rows:
         clipping. A row whose gradient or new weights would not be finite, or with a weight beyond ``LARGEST``, keeps its
         weights, moments and step, and has the reason in place of its norm.
         """
-        norms = [float(torch.linalg.vector_norm(self.grads[slot])) for slot in slots]  # row by row: a sum over rows rounds otherwise
-        finite = [(s, p, n) for s, p, n in zip(slots, params, norms, strict=True) if n < float("inf")]
-        refused = self._update([s for s, _, _ in finite], [p for _, p, _ in finite], [n for _, _, n in finite]) if finite else {}
-        refused |= {slot: RequestError(NOT_FINITE) for slot, norm in zip(slots, norms, strict=True) if not norm < float("inf")}
+        norms = [float(torch.linalg.vector_norm(self.open(slot).grad)) for slot in slots]
+        refused = {slot: RequestError(NOT_FINITE) for slot, norm in zip(slots, norms, strict=True) if not norm < float("inf")}
+        for size in {self.size(slot) for slot in slots}:
+            alike = [(s, p, n) for s, p, n in zip(slots, params, norms, strict=True) if self.size(s) == size and s not in refused]
+            if alike:
+                refused |= self._update([s for s, _, _ in alike], [p for _, p, _ in alike], [n for _, _, n in alike])
         for slot in slots:
-            self.grads[slot].zero_()
+            self.trained[slot].grad.zero_()
         return [refused.get(slot, norm) for slot, norm in zip(slots, norms, strict=True)]
 
     def _update(self, slots: list[int], params: list[AdamParams], norms: list[float]) -> dict[int, RequestError]:
-        """The new rows are made beside the old ones, which they replace where they are sound; why not, by slot, where they are not."""
+        """Of rows of one size. The new rows are made beside the old ones, which they replace where they are sound; why not, by slot,
+        where they are not."""
 
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
 
-        times = [self.steps[slot] + 1 for slot in slots]
+        rows = [self.trained[slot] for slot in slots]
+        times = [row.steps + 1 for row in rows]
         beta1, beta2 = column([p.beta1 for p in params]), column([p.beta2 for p in params])
         clip = [p.grad_clip_norm / n if 0 < p.grad_clip_norm < n else 1.0 for p, n in zip(params, norms, strict=True)]
         rate = column([p.learning_rate / (1 - p.beta1**t) for p, t in zip(params, times, strict=True)])
         debias = column([1 / (1 - p.beta2**t) for p, t in zip(params, times, strict=True)])
-        one_run = slots == list(range(slots[0], slots[0] + len(slots)))
-        at = slice(slots[0], slots[-1] + 1) if one_run else torch.tensor(slots, device=self.device)
-        g = self.grads[at] * column(clip)
-        v = (self.v[at] * beta2).add_(g.square().mul_(1 - beta2))
-        m = g.sub_(self.m[at]).mul_(1 - beta1).add_(self.m[at])  # in the gradient's place: full copies of a model are large
+        g = _stack([row.grad for row in rows]) * column(clip)
+        v = (_stack([row.v for row in rows]) * beta2).add_(g.square().mul_(1 - beta2))
+        m = _stack([row.m for row in rows])
+        m = g.sub_(m).mul_(1 - beta1).add_(m)  # in the gradient's place: full copies of a model are large
         change = (v * debias).sqrt_().add_(column([p.eps for p in params]))
         torch.div(m, change, out=change).mul_(rate)
-        w = (self.training[at] * column([1 - p.learning_rate * p.weight_decay for p in params])).sub_(change)
+        decay = column([1 - p.learning_rate * p.weight_decay for p in params])
+        w = (_stack([row.weights for row in rows]) * decay).sub_(change)
         refused: dict[int, RequestError] = {}
-        for i, (slot, settings) in enumerate(zip(slots, params, strict=True)):
+        for i, (slot, row, settings) in enumerate(zip(slots, rows, params, strict=True)):
             low, high = torch.aminmax(w[i])  # NaN if any is; the norm of infinity took ten times as long
             largest = float(torch.maximum(-low, high))
             if largest <= LARGEST:
-                self.training[slot], self.m[slot], self.v[slot] = w[i], m[i], v[i]
-                self.steps[slot] += 1
+                row.weights.copy_(w[i])
+                row.m.copy_(m[i])
+                row.v.copy_(v[i])
+                row.steps += 1
             else:
                 refused[slot] = RequestError(_why(largest, settings))
         return refused
+
+
+def _whole(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    """[k, size]; a single row is not copied."""
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _why(largest: float, params: AdamParams) -> str:

@@ -17,7 +17,7 @@ from veneer.types import LoraConfig
 
 @dataclass
 class Places:
-    """Where the adapters' matrices for one product begin in their rows, -1 where there are none: int64 [slots, outputs]."""
+    """Where the adapters' matrices for one product begin in the line of published rows, -1 where there are none: int64 [slots, outputs]."""
 
     columns: np.ndarray
     """int64 [outputs + 1]: where each output begins in the product."""
@@ -38,8 +38,9 @@ class ThinAdapters:
             columns, empty = np.cumsum([0, *(widths[name] for name in names)]), np.zeros((0, len(names)), np.int64)
             self.places[names[0]] = Places(columns, empty, empty)
 
-    def put(self, slot: int, config: LoraConfig, layout: Mapping[str, tuple[int, int]]) -> None:
-        """``layout``: where A and B^T of each linear map begin. A thick adapter is noted as none."""
+    def put(self, slot: int, config: LoraConfig, layout: Mapping[str, tuple[int, int]], begin: int) -> None:
+        """``layout``: where A and B^T of each linear map begin in the adapter's row, which begins at ``begin`` of the line. A thick
+        adapter is noted as none."""
         if slot >= len(self.ranks):
             more = slot + 1 - len(self.ranks)
             self.ranks, self.scales = np.pad(self.ranks, (0, more)), np.pad(self.scales, (0, more))
@@ -50,7 +51,9 @@ class ThinAdapters:
         for names in self.products:
             places = self.places[names[0]]
             for output, name in enumerate(names):
-                places.at_a[slot, output], places.at_b[slot, output] = layout.get(name, (-1, -1))
+                at_a, at_b = layout.get(name, (None, None))
+                places.at_a[slot, output] = -1 if at_a is None else begin + at_a
+                places.at_b[slot, output] = -1 if at_b is None else begin + at_b
 
     def slots(self, segments: Sequence[Segment], counts: Sequence[int]) -> np.ndarray:
         """int64: the slot of each of ``counts`` rows a segment, -1 for the base alone or a thick adapter."""
@@ -63,8 +66,8 @@ class RowWise:
     """Updates by row."""
 
     index: ThinAdapters
-    table: np.ndarray
-    """float32 [slots, size]: the adapters."""
+    line: np.ndarray
+    """float32: the adapters, all of them."""
     slots: np.ndarray
     thick: Active
     """What is added by segment."""
@@ -76,13 +79,13 @@ class RowWise:
     def of(self, name: str) -> tuple[np.ndarray, ...]:
         """What ``compiled.add_thin`` wants of a product."""
         places = self.index.places[name]
-        return self.table, self.slots, places.at_a, places.at_b, places.columns, self.index.ranks, self.index.scales
+        return self.line, self.slots, places.at_a, places.at_b, places.columns, self.index.ranks, self.index.scales
 
     @property
     def none(self) -> tuple[np.ndarray, ...]:
         """The same, but nothing is added."""
         places = next(iter(self.index.places.values()))
-        return self.table, self.slots[:0], places.at_a, places.at_b, places.columns, self.index.ranks, self.index.scales
+        return self.line, self.slots[:0], places.at_a, places.at_b, places.columns, self.index.ranks, self.index.scales
 
     def rest(self, x: Tensor, y: Tensor, name: str) -> tuple[np.ndarray, ...]:
         """Add what thick adapters add, and hand over what is left for a compiled loop to add."""
@@ -97,4 +100,4 @@ class RowWise:
         return self.thick.add(x, y, name)
 
     def cut(self, start: int, stop: int) -> RowWise:
-        return RowWise(self.index, self.table, self.slots[start:stop], self.thick.cut(start, stop))
+        return RowWise(self.index, self.line, self.slots[start:stop], self.thick.cut(start, stop))
