@@ -49,10 +49,12 @@ def work(request: Json) -> Json:
     import numpy as np
 
     from sides import prepare
-    from veneer.engine import LoraEngine, load_base
+    from veneer.engine import LoraEngine, load_base, set_threads
     from veneer.types import AdamParams, Datum, LoraConfig, SamplingParams
 
-    engine = LoraEngine(load_base("nano", prepare(request)), patience=600)
+    device = prepare(request)
+    set_threads(1)
+    engine = LoraEngine(load_base("nano", device), patience=600, threads=request["threads"])
     engine.create_adapter("mine", LoraConfig(rank=RANK, train_unembed=True, seed=1))
     seconds: list[list[float]] = []
     for step in range(request["steps"]):

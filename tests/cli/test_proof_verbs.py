@@ -42,7 +42,7 @@ def fill(home: Path, **sizes: float) -> None:
         engine.create_adapter(name, LoraConfig(rank=2))
         rows = engine._stack.rows
         slot = engine._slot(name).slot
-        for array in engine._stack.named(slot, rows.training).values():
+        for array in engine._stack.named(slot, rows.training(slot)).values():
             array.copy_(torch.from_numpy(np.random.default_rng(len(name)).normal(0, size, tuple(array.shape)).astype(np.float32)))
         saved = engine.save_state(name, "sampler").result()
         facts = {**digests, "stage": "rl", "env": None if name == "free" else "sort"}

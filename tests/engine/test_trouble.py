@@ -370,6 +370,32 @@ def test_rounds_of_sampling_and_training_start_no_new_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_only_the_lanes_share_their_products() -> None:
+    """A second thread with helpers makes GNU's OpenMP put all helpers to sleep after every product, and sampling takes twice as long:
+    whoever asks a patient engine, and every thread that starts later, computes alone."""
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        engine = LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=60, threads=2)
+
+        def ask() -> None:
+            engine.create_adapter("a", LoraConfig(rank=2))
+            engine.sample(prompt(5), "a", FREE).result()
+            engine.forward_backward("a", [datum(9), datum(7)], "cross_entropy").result()
+            found.append(torch.get_num_threads())
+
+        engine.sample(prompt(5), None, FREE).result()
+        for work in (ask, lambda: found.append(torch.get_num_threads())):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        assert found == [1, 1]
+        assert torch.get_num_threads() == 1
+        assert engine._sampler._lanes.run_one(torch.get_num_threads) == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("verb", ["sample", "train"])
 def test_a_pass_that_never_returns_is_left_behind_alone(verb: str) -> None:
     """A stuck kernel must not take the other experiments down with it: its request fails, the others are answered."""

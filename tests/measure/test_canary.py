@@ -170,7 +170,7 @@ def test_another_effect_is_told(checkpoint: Checkpoint, factor: float) -> None:
     """A wrong scale is the usual one: alpha taken for alpha / rank, or added twice."""
     engine = engine_of()
     engine.load_state("a", checkpoint).result()
-    engine._stack.rows.published.mul_(factor)  # after the digest was taken
+    engine._stack.rows.line.tensor.mul_(factor)  # after the digest was taken
     with pytest.raises(AttestationError, match=r"has another effect here than where it was saved.*recorded is a change by up to"):
         check_loaded(engine, "a", checkpoint, ROW)
 
@@ -179,7 +179,7 @@ def test_numbers_that_are_not_finite_are_told(checkpoint: Checkpoint) -> None:
     """No comparison with NaN is true; the sampler says it before any is made."""
     engine = engine_of()
     engine.load_state("a", checkpoint).result()
-    engine._stack.rows.published.fill_(float("nan"))
+    engine._stack.rows.line.tensor.fill_(float("nan"))
     with pytest.raises(RunError, match="not finite"):
         check_loaded(engine, "a", checkpoint, ROW)
     sound = engine.sample(ROW, None, SamplingParams(max_tokens=0), prompt_logprobs=True).result()[0]

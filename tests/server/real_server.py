@@ -45,6 +45,7 @@ class Server:
     process: subprocess.Popen[str] | None = None
     stderr: Path | None = None
     worker: Worker | None = None
+    served: Served | None = None
 
     @property
     def address(self) -> tuple[str, int]:
@@ -152,7 +153,7 @@ def hosted(home: Path, limits: Limits | None = None, log: AccessLog | None = Non
     thread.start()
     try:
         until(lambda: running.started)
-        yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", home, worker=worker)
+        yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", home, worker=worker, served=served)
     finally:
         running.should_exit = True
         thread.join(30)

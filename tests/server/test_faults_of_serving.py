@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from real_server import Server, hosted, nano
+from real_server import Server, hosted, nano, until
 
 from veneer.engine import LocalEngine
 from veneer.engine.full import FullStack
@@ -130,9 +130,13 @@ def test_an_adapter_that_is_not_shipped(client: Client, monkeypatch: pytest.Monk
 
 
 def test_a_session_on_another_folder(client: Client) -> None:
-    """B1. The folder of a snapshot holds an older one."""
+    """B1. The folder of a snapshot, which is not in memory any more, holds an older one."""
+    assert client.server.served is not None
+    shelf = client.server.served.shelf
+    shelf.most = 0
     client.create().step().save()
     client.step().save()
+    until(lambda: len(shelf) == 0)
     snapshots = sorted((client.server.home / "server/tinker/snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
     old, new = snapshots
     new.rename(new.with_name("aside"))
@@ -187,9 +191,10 @@ def test_requests_without_the_adapters_name(client: Client, monkeypatch: pytest.
 
 def test_a_load_that_fills_nothing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """B5. Loaded with 200 OK, matching no module; and the next who asks is not answered from what is left of it."""
-    client.create().step().save()
+    client.create().step()
     fill = engine_of(client)._fill
     monkeypatch.setattr(engine_of(client), "_fill", lambda slot, checkpoint: None)
+    client.save()
     for _ in range(2):
         with pytest.raises(Failed, match="the sampler has other weights than the request says"):
             client.sample()

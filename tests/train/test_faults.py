@@ -60,7 +60,7 @@ def test_weights_stale_behind_a_true_digest_are_caught(tmp_path: Path, monkeypat
     true_publish = engine._publish
 
     def publish_and_put_back(name: str) -> Adapter:
-        row = engine._stack.rows.published[engine._slot(name).slot]
+        row = engine._stack.rows.published(engine._slot(name).slot)
         old = row.clone()
         adapter = true_publish(name)
         if old.any():
@@ -131,7 +131,8 @@ def test_an_adapter_changed_behind_the_loop_is_caught(tmp_path: Path) -> None:
 
     def disturb(metrics: dict[str, Any]) -> None:
         if metrics["step"] == 1:
-            engine_of(session)._stack.rows.training.mul_(1.5)
+            (state,) = engine_of(session)._stack.rows.trained.values()
+            state.weights.mul_(1.5)
 
     session.on_step = disturb
     stops(session, "do not run the same weights", after_step=1)

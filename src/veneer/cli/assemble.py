@@ -81,13 +81,13 @@ class Machine:
 
 def start(base: str, threads: int, weights: str = "lora", device: str = "auto", *, gradient_checkpointing: bool = False) -> Machine:
     """Load a base."""
-    set_threads(threads)
+    set_threads(1)
     loaded = load_base(base, device)
     assert loaded.tokenizer is not None
     if weights == "lora":
-        engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE)
+        engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE, threads=threads)
     else:
-        engine = FullEngine(loaded, patience=PATIENCE)
+        engine = FullEngine(loaded, patience=PATIENCE, threads=threads)
     gc.freeze()  # what is loaded by now stays: a full collection would walk all of torch and transformers, 0.2 s at a time
     return Machine(engine, Renderer(loaded.tokenizer))
 

@@ -27,6 +27,10 @@ from veneer.server.worker import Worker
 from veneer.store.files import veneer_home
 from veneer.types import ConfigError, RunError, SamplingParams
 
+SWITCH = 2e-4
+"""Seconds after which a thread lets others have the interpreter; Python's own 5 ms keep the engines' threads, which want it for
+microseconds between two products, waiting for the event loop."""
+
 
 def serve(
     bases: Sequence[str],
@@ -46,8 +50,9 @@ def serve(
     _check_exposure(listening, home)
     lines = AccessLog(log)
     _allow_connections()
-    set_threads(threads or os.cpu_count() or 1)
-    engines = {base: LoraEngine(load_base(base, device), patience=PATIENCE) for base in names}
+    set_threads(1)
+    threads = threads or os.cpu_count() or 1
+    engines = {base: LoraEngine(load_base(base, device), patience=PATIENCE, threads=threads) for base in names}
     for engine in engines.values():
         _warm_up(engine)
     worker = Worker(list(engines.values()))
@@ -55,6 +60,7 @@ def serve(
     for base, engine in engines.items():
         assert engine.base.tokenizer is not None
         served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
+    sys.setswitchinterval(SWITCH)
     app = make_app(Bases(served), worker, home, limits, lines, lora_dir=lora_dir)
     gc.freeze()
     where = f"http://{host}:{listening.getsockname()[1]}"

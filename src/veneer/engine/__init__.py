@@ -13,22 +13,28 @@ from veneer.engine.losses import LOSSES
 __all__ = ["LOSSES", "Base", "FullEngine", "LocalEngine", "LoraEngine", "load_base", "set_threads"]
 
 
-def LoraEngine(base: Base, *, gradient_checkpointing: bool = False, patience: float | None = None) -> LocalEngine:
+def LoraEngine(
+    base: Base, *, gradient_checkpointing: bool = False, patience: float | None = None, threads: int | None = None
+) -> LocalEngine:
     """An engine whose adapters are low-rank updates.
 
     Args:
         gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again: less memory, more time.
         patience: seconds after which a pass through the base counts as stuck and is given up. Every pass then runs on a thread of its own.
+        threads: CPU threads of each matrix product when sampling, and passes side by side when training; None: what ``set_threads`` said.
+            Training gives the same bits at any number; sampling does wherever a product of two threads adds up as one does, which large
+            models' do not.
     """
-    return LocalEngine(base, LoraStack(base, gradient_checkpointing=gradient_checkpointing), patience)
+    return LocalEngine(base, LoraStack(base, gradient_checkpointing=gradient_checkpointing), patience, threads)
 
 
-def FullEngine(base: Base, *, patience: float | None = None) -> LocalEngine:
+def FullEngine(base: Base, *, patience: float | None = None, threads: int | None = None) -> LocalEngine:
     """An engine whose adapters are full copies of the base's weights: the comparison arm. Use a base of its own."""
-    return LocalEngine(base, FullStack(base), patience)
+    return LocalEngine(base, FullStack(base), patience, threads)
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads: of each matrix product when sampling, and passes side by side when training. Training gives the same bits at any
-    number; sampling does wherever a product of two threads adds up as one does, which large models' do not."""
+    """CPU threads of what the calling thread computes. With ``patience`` an engine computes on threads of its own: then set 1 before a base
+    is loaded, and give the engine its ``threads``. Two threads of a process that each share their products with helpers take more helpers
+    than there are cores, and GNU's OpenMP then lets all of them sleep after every product: sampling took 118 ms in place of 66."""
     torch.set_num_threads(threads)

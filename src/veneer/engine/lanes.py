@@ -25,10 +25,15 @@ class Lane:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        threading.Thread(target=self._work, daemon=True, name="veneer-lane").start()
+        before, ready = torch.get_num_threads(), threading.Event()
+        threading.Thread(target=self._work, args=(ready,), daemon=True, name="veneer-lane").start()
+        ready.wait()
+        torch.set_num_threads(before)  # a thread that computes for the first time takes what was set last, by whichever thread
 
-    def _work(self) -> None:
+    def _work(self, ready: threading.Event) -> None:
+        torch.get_num_threads()  # so that this is not the first time
         torch.set_num_threads(self.threads)
+        ready.set()
         while True:
             job, future = self._jobs.get()
             try:
@@ -51,18 +56,19 @@ class Lanes(Generic[T]):
     threads on the same cores wait for each other.
     """
 
-    def __init__(self, patience: float | None) -> None:
+    def __init__(self, patience: float | None, threads: int | None = None) -> None:
+        """``threads`` that may be used; None: as many as the calling thread has."""
         self.patience = patience
         self._lanes: dict[int, list[Lane]] = {}
         """By their number of threads; kept, as a thread that waits costs nothing and a new one does."""
-        self._threads = torch.get_num_threads()
+        self._threads = torch.get_num_threads() if threads is None and patience is not None else threads
         if patience is not None:
             torch.set_num_threads(1)
 
     @property
     def threads(self) -> int:
         """That may be used."""
-        return torch.get_num_threads() if self.patience is None else self._threads
+        return self._threads or torch.get_num_threads()
 
     def _lanes_of(self, count: int, threads: int) -> list[Lane]:
         lanes = self._lanes.setdefault(threads, [])

@@ -42,7 +42,7 @@ class ThinAdapters:
         """``layout``: where A and B^T of each linear map begin in the adapter's row, which begins at ``begin`` of the line. A thick
         adapter is noted as none."""
         if slot >= len(self.ranks):
-            more = slot + 1 - len(self.ranks)
+            more = max(slot + 1 - len(self.ranks), len(self.ranks) // 2)  # not one at a time: it copies everything
             self.ranks, self.scales = np.pad(self.ranks, (0, more)), np.pad(self.scales, (0, more))
             for places in self.places.values():
                 places.at_a, places.at_b = (np.pad(at, ((0, more), (0, 0)), constant_values=-1) for at in (places.at_a, places.at_b))

@@ -42,11 +42,19 @@ def canary_tokens(vocab: int) -> Tokens:
 # ---------------------------------------------------------------- saving
 
 
-def with_canary(engine: Engine, name: str, checkpoint: Checkpoint, tokens: Tokens) -> Checkpoint:
-    """The checkpoint with a record of what the training weights of ``name``, which it was saved from, do now. Runs the engine."""
-    base, trained = ask_trained(engine, None, tokens), ask_trained(engine, name, tokens)
-    canary = make_canary(tokens, base.result().logprobs_D[0], trained.result().logprobs_D[0], checkpoint.adapter, engine.dtype)
+def with_canary(engine: Engine, name: str, checkpoint: Checkpoint, tokens: Tokens, base_logprobs: Floats | None = None) -> Checkpoint:
+    """The checkpoint with a record of what the training weights of ``name``, which it was saved from, do now. ``base_logprobs``: the row
+    without an adapter, if it is known from earlier. Runs the engine."""
+    trained = ask_trained(engine, name, tokens)
+    if base_logprobs is None:
+        base_logprobs = base_row(engine, tokens)
+    canary = make_canary(tokens, base_logprobs, trained.result().logprobs_D[0], checkpoint.adapter, engine.dtype)
     return dataclasses.replace(checkpoint, canary=canary)
+
+
+def base_row(engine: Engine, tokens: Tokens) -> Floats:
+    """The log-probabilities of the row without an adapter [len(tokens) - 1], as training has them. Runs the engine."""
+    return ask_trained(engine, None, tokens).result().logprobs_D[0]
 
 
 def ask_trained(engine: Engine, name: str | None, tokens: Tokens) -> Future[ForwardBackwardOutput]:
@@ -72,13 +80,26 @@ def check_loaded(engine: Engine, name: str, checkpoint: Checkpoint, tokens: Toke
     Raises:
         AttestationError: another adapter answers under this name, the base is another, or the adapter has no effect or another one.
     """
-    canary = checkpoint.canary
-    row = tokens if canary is None else np.array(canary.tokens, np.int64)
+    row = row_of(checkpoint, tokens)
     asked = ask_sampled(engine, None, row), ask_sampled(engine, name, row)
     (base,), (adapted,) = (future.result() for future in asked)
+    check_effect(checkpoint, base, adapted, engine.dtype)
+
+
+def row_of(checkpoint: Checkpoint, tokens: Tokens) -> Tokens:
+    """The row that its record is of; ``tokens`` if it has none."""
+    return tokens if checkpoint.canary is None else np.array(checkpoint.canary.tokens, np.int64)
+
+
+def check_effect(checkpoint: Checkpoint, base: Sample, adapted: Sample, dtype: str) -> None:
+    """``check_loaded`` of ``row_of`` as the engine has drawn it without and with the adapter.
+
+    Raises:
+        AttestationError: as there.
+    """
     check_drawn([adapted], checkpoint.adapter.digest, checkpoint.adapter.base_digest)
-    if canary is not None:
-        judge(canary, base, adapted, engine.dtype)
+    if checkpoint.canary is not None:
+        judge(checkpoint.canary, base, adapted, dtype)
     elif has_weights(checkpoint) and not effect_of(base, adapted).any():
         raise AttestationError(
             f"adapter {checkpoint.adapter.name!r} ({checkpoint.adapter.digest[:12]}) has no effect here: its weights are not zero, and it "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
-from veneer.measure.canary import canary_tokens, check_loaded
+from veneer.measure.canary import ask_sampled, base_row, canary_tokens, check_effect, row_of, with_canary
 from veneer.render import Renderer
 from veneer.server.errors import NotFound
 from veneer.server.shelf import Shelf
-from veneer.types import Engine
+from veneer.types import Checkpoint, Engine, Floats, Tokens
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,31 @@ class Served:
     shelf: Shelf
 
     def __post_init__(self) -> None:
-        self.shelf.on_load.append(partial(check_loaded, self.engine, tokens=canary_tokens(self.renderer.vocab_size)))
+        self.shelf.prove = self.check
+
+    @cached_property
+    def _canary(self) -> Tokens:
+        return canary_tokens(self.renderer.vocab_size)
+
+    @cached_property
+    def _base_logprobs(self) -> Floats:
+        """As they were at the first record: whatever changes the base later shows at the next check."""
+        return base_row(self.engine, self._canary)
+
+    def record(self, name: str, checkpoint: Checkpoint) -> Checkpoint:
+        """With what the training weights of ``name`` do now. On the engines' thread."""
+        return with_canary(self.engine, name, checkpoint, self._canary, self._base_logprobs)
+
+    async def check(self, name: str, checkpoint: Checkpoint) -> None:
+        """Whether ``name`` does what its checkpoint recorded. The engine draws it among whatever else it is drawing.
+
+        Raises:
+            AttestationError: it does not.
+        """
+        engine, row = self.engine, row_of(checkpoint, self._canary)
+        asked = [self.shelf.worker.ask(engine, partial(ask_sampled, engine, asked, row)) for asked in (None, name)]
+        (base,), (adapted,) = await asyncio.gather(*asked)
+        check_effect(checkpoint, base, adapted, engine.dtype)
 
     @property
     def name(self) -> str:

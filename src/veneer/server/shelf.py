@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from veneer.server.worker import Worker
-from veneer.types import Adapter, Checkpoint, Engine
+from veneer.types import Checkpoint, Engine
 
 MOST = 1024
 """Adapters in memory that nobody is using; beyond it the least recently used leaves."""
+ROOM = 2**31
+"""Bytes that adapters take in memory, those in use among them; beyond it those that nobody is using leave."""
+FLOAT32 = 4
 
 
 @dataclass
 class _Place:
-    loaded: asyncio.Task[Adapter]
+    loaded: asyncio.Task[None]
+    proven: asyncio.Task[None] | None = None
+    """Begins when somebody asks for the adapter."""
+    checkpoint: Checkpoint | None = None
+    """Until it is proven."""
+    size: int = 0
     users: int = 0
     leaving: bool = False
     """It is not kept once nobody uses it."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it does not answer."""
+        for task in (self.loaded, self.proven):
+            if task is not None and task.done() and (task.cancelled() or task.exception() is not None):
+                return asyncio.CancelledError() if task.cancelled() else task.exception()
+        return None
 
 
 @dataclass
@@ -30,8 +47,9 @@ class Shelf:
     worker: Worker
     engine: Engine
     most: int = MOST
-    on_load: list[Callable[[str, Checkpoint], None]] = field(default_factory=list)
-    """Called with the name in the engine and the weights, on the engine's thread, after each load; may refuse by raising."""
+    room: int = ROOM
+    prove: Callable[[str, Checkpoint], Awaitable[None]] | None = None
+    """Called once for each load with the name in the engine and what was loaded; refuses it by raising."""
     _places: OrderedDict[str, _Place] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
@@ -40,47 +58,85 @@ class Shelf:
     def __contains__(self, digest: str) -> bool:
         return digest in self._places
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(place.size for place in self._places.values())
+
     @asynccontextmanager
-    async def hold(self, digest: str, read: Callable[[], Checkpoint]) -> AsyncIterator[str]:
-        """The adapter's name in the engine, which stays loaded meanwhile. ``read`` fetches it, on another thread, if it is not there."""
+    async def hold(self, digest: str, read: Callable[[], Checkpoint], *, early: bool = False) -> AsyncIterator[str]:
+        """The adapter's name in the engine, which stays loaded meanwhile. ``read`` fetches it, on another thread, if it is not there.
+        ``early``: do not wait for the proof before, only after the block; what was drawn in it is worth nothing if this raises."""
         place = self._places.get(digest)
         if place is None:
-            place = self._places[digest] = _Place(asyncio.create_task(self._load(digest, read)))
+            place = self._begin(digest, read)
+        if place.proven is None:
+            place.proven = asyncio.create_task(self._prove(place, digest))
         place.users += 1
         place.leaving = False
         self._places.move_to_end(digest)
         try:
-            if not place.loaded.done():
-                await asyncio.shield(place.loaded)
-            place.loaded.result()
+            await asyncio.shield(place.loaded if early else place.proven)
             yield digest
+            await asyncio.shield(place.proven)
+        except Exception as error:
+            failure = place.failure
+            if failure is None or failure is error:
+                raise
+            raise failure from error  # and not that it was taken away
         finally:
             place.users -= 1
-            failed = place.loaded.done() and (place.loaded.cancelled() or place.loaded.exception() is not None)
-            if failed and self._places.get(digest) is place:
-                del self._places[digest]
             self._make_room()
 
-    async def _load(self, digest: str, read: Callable[[], Checkpoint]) -> Adapter:
-        checkpoint = await asyncio.to_thread(read)
-        await self.worker.ask(self.engine, lambda: self.engine.load_state(digest, checkpoint))
+    def bring(self, digest: str, read: Callable[[], Checkpoint]) -> None:
+        """Load an adapter that somebody will ask for soon. If that fails it is not there, and whoever asks for it is told why."""
+        if digest in self._places:
+            self._places.move_to_end(digest)
+        else:
+            self._begin(digest, read).loaded.add_done_callback(lambda _: self._make_room())
 
-        def check() -> None:
+    def _begin(self, digest: str, read: Callable[[], Checkpoint]) -> _Place:
+        async def loading() -> None:
             try:
-                for look in self.on_load:
-                    look(digest, checkpoint)
-            except Exception:
-                self.engine.remove_adapter(digest)
+                await self._load(place, digest, read)
+            except BaseException:
+                if self._places.get(digest) is place:
+                    del self._places[digest]
                 raise
 
-        await self.worker.run(check)
-        return checkpoint.adapter
+        place = self._places[digest] = _Place(asyncio.create_task(loading()))
+        place.loaded.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())  # seen
+        return place
+
+    async def _load(self, place: _Place, digest: str, read: Callable[[], Checkpoint]) -> None:
+        checkpoint = await asyncio.to_thread(read)
+        place.size = FLOAT32 * sum(array.size for array in checkpoint.weights.values())
+        await self.worker.ask(self.engine, lambda: self.engine.load_state(digest, checkpoint))
+        place.checkpoint = checkpoint if checkpoint.canary is None else dataclasses.replace(checkpoint, weights={}, optimizer={})
+
+    async def _prove(self, place: _Place, digest: str) -> None:
+        await asyncio.shield(place.loaded)
+        checkpoint, place.checkpoint = place.checkpoint, None
+        if self.prove is None or checkpoint is None:
+            return
+        try:
+            await self.prove(digest, checkpoint)
+        except BaseException:
+            if self._places.get(digest) is place:
+                self._remove(digest)
+            raise
 
     def _make_room(self) -> None:
         unused = [digest for digest, place in self._places.items() if place.users == 0 and place.loaded.done()]
         leaving = [digest for digest in unused if self._places[digest].leaving]
         staying = [digest for digest in unused if not self._places[digest].leaving]
-        for digest in leaving + staying[: max(0, len(self._places) - len(leaving) - self.most)]:
+        for digest in leaving:
+            self._remove(digest)
+        size = self.size
+        for digest in staying:
+            if len(self._places) <= self.most and size <= self.room:
+                break
+            size -= self._places[digest].size
             self._remove(digest)
 
     def release(self, digest: str) -> None:

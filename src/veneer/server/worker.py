@@ -14,6 +14,8 @@ from veneer.types import Engine, Future, RunError
 
 T = TypeVar("T")
 LOG = logging.getLogger("veneer.server")
+PAUSE, LONGEST = 0.002, 0.01
+"""Seconds for which an engine that has nothing to do waits for another request of a crowd, and for all of it at most."""
 LAST_STEP = 30.0
 """Seconds that a step may take when the server ends."""
 
@@ -31,7 +33,7 @@ class Worker:
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = threading.Event()
         self._open: dict[Engine, set[Future[object]]] = {engine: set() for engine in engines}
-        self._stopping = False
+        self._stopping = self._crowd = False
         self._thread = threading.Thread(target=self._work, name="veneer-engines", daemon=True)
         self._thread.start()
 
@@ -68,8 +70,9 @@ class Worker:
         self._post(do)
         return answer
 
-    def ask(self, engine: Engine, call: Callable[[], Future[T]]) -> asyncio.Future[T]:
-        """Queue what ``call`` asks of an engine, in the order of these calls. Await the answer; cancelling it gives the request up."""
+    def ask(self, engine: Engine, call: Callable[[], Future[T]], *, crowd: bool = False) -> asyncio.Future[T]:
+        """Queue what ``call`` asks of an engine, in the order of these calls. Await the answer; cancelling it gives the request up.
+        ``crowd``: others like it may follow at once, as a client asks for all the prompts of a batch, and are cheaper together."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         asked: list[Future[T]] = []
@@ -83,6 +86,7 @@ class Worker:
                 loop.call_soon_threadsafe(_set_error, answer, error)
                 return
             asked.append(future)
+            self._crowd |= crowd
             self._open[engine].add(future)
             future.add_done_callback(done)
 
@@ -113,15 +117,22 @@ class Worker:
 
     def _work(self) -> None:
         while not self._stopping:
-            if not any(self._open.values()):
+            idle = not any(self._open.values())
+            if idle:
                 self._awake.wait()
-            self._awake.clear()
             self.turned = time.monotonic()
-            while self._calls:
-                self._do(self._calls.popleft())
+            self._crowd = False
+            self._take_in()
+            while idle and self._crowd and time.monotonic() < self.turned + LONGEST and self._awake.wait(PAUSE):
+                self._take_in()
             for engine in self.engines:
                 if self._open[engine]:
                     self._step(engine)
+
+    def _take_in(self) -> None:
+        self._awake.clear()
+        while self._calls:
+            self._do(self._calls.popleft())
 
     def _do(self, call: Callable[[], None]) -> None:
         try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.measure.canary import ask_sampled, ask_trained, canary_tokens, check_loaded, judge, make_canary
+from veneer.measure.canary import ask_sampled, ask_trained, base_row, canary_tokens, check_loaded, judge, make_canary
 from veneer.render import Renderer
 from veneer.store.entry import Parent, check_compatible
 from veneer.store.registry import is_path
@@ -49,7 +49,7 @@ class Session:
     def __post_init__(self) -> None:
         self.base_before = self.engine.measure_base_digest()
         self.canary = canary_tokens(self.renderer.vocab_size)
-        self._base_logprobs = ask_trained(self.engine, None, self.canary).result().logprobs_D[0]
+        self._base_logprobs = base_row(self.engine, self.canary)
 
     @property
     def adapter(self) -> str:

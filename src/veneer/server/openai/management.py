@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from veneer.measure.canary import canary_tokens, with_canary
 from veneer.server.access import Caller
 from veneer.server.bases import Served
 from veneer.server.errors import Forbidden, NotFound
@@ -213,8 +212,7 @@ class Management:
             checkpoint, facts, signed = await asyncio.to_thread(self._read, folder, name, served)
             async with served.shelf.hold(checkpoint.adapter.digest, lambda: checkpoint) as loaded:  # it fits, or says why not
                 if checkpoint.canary is None:
-                    row, engine = canary_tokens(served.renderer.vocab_size), served.engine
-                    checkpoint = await served.shelf.worker.run(partial(with_canary, engine, loaded, checkpoint, row))
+                    checkpoint = await served.shelf.worker.run(partial(served.record, loaded, checkpoint))
                 await asyncio.to_thread(self._put, name, checkpoint, facts, signed)
             self.catalogue.unloaded.discard(name)
         return f"Success: LoRA adapter '{name}' added successfully."

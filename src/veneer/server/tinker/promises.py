@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,21 +95,34 @@ class Promises:
         return promise
 
     def _keep(self, promise: Promise) -> Promise:
-        self._by_id[promise.id] = self._by_seq[promise.target, promise.seq] = promise
+        self._index(promise)
         self._open[promise.owner] += not promise.done
         return promise
 
+    def _index(self, promise: Promise) -> None:
+        self._by_id[promise.id] = self._by_seq[promise.target, promise.seq] = promise
+
     async def accept(
-        self, owner: str, target: str, seq: int, kind: str, body: bytes, facts: dict[str, Any], *also: Statement
+        self,
+        owner: str,
+        target: str,
+        seq: int,
+        kind: str,
+        body: bytes,
+        facts: dict[str, Any],
+        *also: Statement,
+        begin: Callable[[Promise], asyncio.Task[None]] | None = None,
     ) -> tuple[Promise, bool]:
         """The promise for an operation, and whether it is new. A repeated (target, seq) gets the one it had. ``also`` is written in the
-        same transaction."""
+        same transaction; ``begin`` starts work that waits for no disk, and is in vain if nothing can be written."""
         known = self._by_seq.get((target, seq)) or await self._waiting(target, seq) or self._stored("target = ? AND seq = ?", target, seq)
         if known is not None:
             return known, False
         number, self._next = self._next, self._next + 1
         promise = Promise(number, f"{number}-{secrets.token_hex(8)}", owner, target, seq, kind, body, facts, time.time())
         written = self._writing[target, seq] = asyncio.get_running_loop().create_future()
+        self._open[owner] += 1
+        work = None if begin is None else begin(promise)
         try:
             sql = "INSERT INTO promises (number, id, owner, target, seq, kind, body, facts, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
             values = (number, promise.id, owner, target, seq, kind, body, json.dumps(facts), promise.created)
@@ -116,10 +130,16 @@ class Promises:
         except BaseException as error:
             written.set_exception(error)
             written.exception()  # seen
+            if work is not None:
+                work.cancel()
+            if not promise.done:
+                promise.done_at = time.time()
+                self._open[owner] -= 1
             raise
         finally:
             del self._writing[target, seq]
-        written.set_result(self._keep(promise))
+        self._index(promise)
+        written.set_result(promise)
         return promise, True
 
     async def _waiting(self, target: str, seq: int) -> Promise | None:

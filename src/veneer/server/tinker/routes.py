@@ -25,9 +25,9 @@ MOST_ROWS = 1000
 
 def make_router(tinker: Tinker) -> APIRouter:
     router = APIRouter(prefix="/api/v1")
-    _add_session_routes(router, tinker)
+    _add_sampling_routes(router, tinker)  # the busiest first: a request is compared with one route after the other
     _add_training_routes(router, tinker)
-    _add_sampling_routes(router, tinker)
+    _add_session_routes(router, tinker)
     _add_record_routes(router, tinker)
     _add_checkpoint_routes(router, tinker)
     return router
@@ -136,14 +136,6 @@ def _add_session_routes(router: APIRouter, tinker: Tinker) -> None:
 
 
 def _add_training_routes(router: APIRouter, tinker: Tinker) -> None:
-    @router.post("/create_model", **_body(requests.CreateModel))
-    async def create_model(request: Request) -> Response:
-        return _promised(await tinker.create_model(caller_of(request).name, await request.body()))
-
-    @router.post("/load_weights", **_body(requests.LoadWeights))
-    async def load_weights(request: Request) -> Response:
-        return _promised(await tinker.load_weights(caller_of(request).name, await request.body()))
-
     @router.post(
         "/forward_backward",
         openapi_extra={"requestBody": {"required": True, "content": {wire.PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}},
@@ -162,6 +154,14 @@ def _add_training_routes(router: APIRouter, tinker: Tinker) -> None:
     add("save_weights", requests.SaveWeights)
     add("save_weights_for_sampler", requests.SaveWeightsForSampler)
     add("save_weights_external", requests.SaveWeightsExternal)
+
+    @router.post("/create_model", **_body(requests.CreateModel))
+    async def create_model(request: Request) -> Response:
+        return _promised(await tinker.create_model(caller_of(request).name, await request.body()))
+
+    @router.post("/load_weights", **_body(requests.LoadWeights))
+    async def load_weights(request: Request) -> Response:
+        return _promised(await tinker.load_weights(caller_of(request).name, await request.body()))
 
     @router.post("/create_custom_loss", **_body(requests.CreateCustomLoss))
     async def create_custom_loss(request: Request) -> Response:
@@ -190,17 +190,6 @@ def _add_training_routes(router: APIRouter, tinker: Tinker) -> None:
 
 
 def _add_sampling_routes(router: APIRouter, tinker: Tinker) -> None:
-    @router.post("/create_sampling_session", **_body(requests.CreateSamplingSession))
-    async def create_sampling_session(request: Request) -> dict[str, Any]:
-        owner, body = caller_of(request).name, await _read(requests.CreateSamplingSession, request)
-        tinker.open_session(owner, body.session_id)
-        return {"type": "create_sampling_session", "sampling_session_id": await tinker.sampling.create(owner, body)}
-
-    @router.get("/samplers/{sampler_id}")
-    async def sampler(request: Request, sampler_id: str) -> dict[str, Any]:
-        row = tinker.sampler(caller_of(request).name, sampler_id)
-        return {"sampler_id": row.id, "base_model": row.base, "model_path": row.path}
-
     @router.post("/asample", **_body(requests.Sample))
     async def asample(request: Request) -> Response:
         return _promised(await tinker.sample(caller_of(request).name, await request.body()))
@@ -212,6 +201,17 @@ def _add_sampling_routes(router: APIRouter, tinker: Tinker) -> None:
         if not promise.done:
             return JSONResponse({"queue_state": "active", "request_id": promise.id}, 408)
         return Response(promise.answer, media_type=promise.media_type)
+
+    @router.post("/create_sampling_session", **_body(requests.CreateSamplingSession))
+    async def create_sampling_session(request: Request) -> dict[str, Any]:
+        owner, body = caller_of(request).name, await _read(requests.CreateSamplingSession, request)
+        tinker.open_session(owner, body.session_id)
+        return {"type": "create_sampling_session", "sampling_session_id": await tinker.sampling.create(owner, body)}
+
+    @router.get("/samplers/{sampler_id}")
+    async def sampler(request: Request, sampler_id: str) -> dict[str, Any]:
+        row = tinker.sampler(caller_of(request).name, sampler_id)
+        return {"sampler_id": row.id, "base_model": row.base, "model_path": row.path}
 
     @router.post("/retrieve_futures", **_body(requests.RetrieveFutures))
     async def retrieve_futures(request: Request) -> dict[str, Any]:

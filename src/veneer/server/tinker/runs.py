@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.server.bases import Served
 from veneer.server.tinker import requests, wire
 from veneer.server.tinker.promises import Promise, Promises
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from veneer.server.tinker.sampling import Sampling
 
 LOG = logging.getLogger("veneer.server")
-STATE_SHARE = 0.05
+STATE_SHARE = 0.02
 """Of a run's time at most this much goes into saving its state; what lies between two states is repeated after a restart."""
 
 
@@ -125,9 +124,8 @@ class Run:
         return read_adapter(Path(folder))[0]
 
     async def _loaded(self, checkpoint: Checkpoint) -> None:
-        engine, row = self.served.engine, canary_tokens(self.served.renderer.vocab_size)
-        await self._ask(lambda: engine.load_state(self.row.id, checkpoint))
-        await self.served.shelf.worker.run(lambda: check_loaded(engine, self.row.id, checkpoint, row))
+        await self._ask(lambda: self.served.engine.load_state(self.row.id, checkpoint))
+        await self.served.check(self.row.id, checkpoint)
 
     def _ask(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
         return self.served.shelf.worker.ask(self.served.engine, call)
@@ -209,14 +207,14 @@ class Run:
         metrics = await self._ask(lambda: self.served.engine.optim_step(self.row.id, AdamParams(**params), need_gradient=False))
         self.promises.resolve(promise, {"metrics": wire.metric_numbers(metrics), "type": "optim_step"})
         if time.monotonic() >= self._save_after and (self._saving is None or self._saving.done()):
+            started = time.monotonic()
             checkpoint = await self._ask(lambda: self.served.engine.save_state(self.row.id))
-            self._saving = asyncio.create_task(self._write_state(promise.seq, checkpoint, [*self._covered, promise]))
+            self._saving = asyncio.create_task(self._write_state(promise.seq, checkpoint, [*self._covered, promise], started))
 
     async def _saved(self, kind: Literal["training", "sampler"]) -> Checkpoint:
         """The weights as they are, with a record of what they do."""
-        engine, row = self.served.engine, canary_tokens(self.served.renderer.vocab_size)
-        checkpoint = await self._ask(lambda: engine.save_state(self.row.id, kind))
-        return await self.served.shelf.worker.run(lambda: with_canary(engine, self.row.id, checkpoint, row))
+        name, served = self.row.id, self.served
+        return await served.shelf.worker.run(lambda: served.record(name, served.engine.save_state(name, kind).result()))
 
     async def _drop_gradient(self) -> None:
         self._spoilt = None
@@ -258,12 +256,13 @@ class Run:
     async def _save_state(self, seq: int) -> None:
         if self._saving is not None:
             await asyncio.gather(self._saving, return_exceptions=True)
+        started = time.monotonic()
         checkpoint = await self._ask(lambda: self.served.engine.save_state(self.row.id))
-        await self._write_state(seq, checkpoint, self._covered.copy())
+        await self._write_state(seq, checkpoint, self._covered.copy(), started)
 
-    async def _write_state(self, seq: int, checkpoint: Checkpoint, covered: list[Promise]) -> None:
-        """Write the state after operation ``seq``; ``covered`` need not run again."""
-        started, old = time.monotonic(), self.row.state_folder
+    async def _write_state(self, seq: int, checkpoint: Checkpoint, covered: list[Promise], started: float) -> None:
+        """Write the state after operation ``seq``; ``covered`` need not run again. ``started``: when saving it began."""
+        old = self.row.state_folder
         folder = self.states / f"after-{seq:09d}"
         try:
             await asyncio.to_thread(write_adapter, folder, checkpoint, {}, durable=False)

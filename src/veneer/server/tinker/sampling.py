@@ -63,15 +63,18 @@ class Sampling:
         """A session on a run's weights as they are now. Those in flight share the weights of their run's newest save of that kind."""
         digest, session = checkpoint.adapter.digest, run.session_id
         folder = self.folder / digest
-        if not folder.is_dir():
-            await asyncio.to_thread(write_adapter, folder, checkpoint, {}, durable=False)
         seq = body.sampling_session_seq_id
         sampler_id = f"{session}:sample:{f'op-{promise.target}-{promise.seq}' if seq is None else seq}"
         sampler = SamplerRow(sampler_id, session, run.owner, run.base, body.kind, None, run.id, digest, str(folder), time.time())
         followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == body.kind == "inflight"]
         for follower in followers:
             follower.digest, follower.folder = digest, str(folder)
-        await self.journal.write(*(put(row) for row in [*followers, sampler]))
+        written = self.journal.write(*(put(row) for row in [*followers, sampler]))  # a row without its folder is written anew
+        if folder.is_dir():
+            await written
+        else:
+            await asyncio.gather(written, asyncio.to_thread(write_adapter, folder, checkpoint, {}, durable=False))
+        self.bases.find(run.base).shelf.bring(digest, lambda: _read(str(folder), digest))
         self.samplers[sampler_id] = sampler
         return sampler_id
 
@@ -94,11 +97,12 @@ class Sampling:
 
     # ------------------------------------------------ samples
 
-    def start(self, promise: Promise, sampler: SamplerRow) -> None:
+    def start(self, promise: Promise, sampler: SamplerRow) -> asyncio.Task[None]:
         """Answer an accepted ``asample``, with the weights that the session has now."""
         task = asyncio.create_task(self._answer(promise, sampler, sampler.digest, sampler.folder))
         self._running[promise.id] = task
         task.add_done_callback(lambda _: self._running.pop(promise.id, None))
+        return task
 
     def cancel(self, request_id: str) -> None:
         task = self._running.get(request_id)
@@ -112,7 +116,7 @@ class Sampling:
             async with AsyncExitStack() as stack:
                 name = None
                 if digest is not None:
-                    name = await stack.enter_async_context(served.shelf.hold(digest, lambda: _read(str(folder), digest)))
+                    name = await stack.enter_async_context(served.shelf.hold(digest, lambda: _read(str(folder), digest), early=True))
                 content = await self._draw(served, name, body, int(promise.facts["seed"]))
             self.promises.resolve(promise, content, wire.PROTOBUF)
         except asyncio.CancelledError:
@@ -143,6 +147,7 @@ class Sampling:
                 prompt_top_logprobs=body.topk_prompt_logprobs,
                 prompt_targets=None if targets is None else targets.tokens,
             ),
+            crowd=True,
         )
         check_drawn(samples, name, engine.base_digest)  # a shelf's names are digests
         return wire.sample_bytes(samples, targets, body.prompt_logprobs_last_n)

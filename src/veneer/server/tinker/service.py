@@ -306,9 +306,9 @@ class Tinker:
         sampler = await self._sampler_for(owner, body)
         seed, seq = new_seed(body.sampling_params.seed), secrets.randbits(62) if body.seq_id is None else body.seq_id
         facts = {"seed": seed, "sequences": [f"{sampler.id}:{seq}:{i}" for i in range(body.num_samples)]}
-        promise, fresh = await self.promises.accept(owner, sampler.id, seq, "asample", raw, facts)
-        if fresh:
-            self.sampling.start(promise, sampler)
+        promise, _ = await self.promises.accept(
+            owner, sampler.id, seq, "asample", raw, facts, begin=lambda promise: self.sampling.start(promise, sampler)
+        )
         return promise
 
     async def _sampler_for(self, owner: str, body: requests.Sample) -> SamplerRow:
