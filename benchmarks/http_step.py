@@ -116,9 +116,8 @@ def measure(settings: Settings) -> Json:
             else:
                 found = over_http(settings, steps)
                 seconds = found["seconds"][warmup:]
-                facts.append(
-                    {"ready": found["ready"], "first_step": found["ready"] + sum(found["seconds"][0]), "peak_mb": found["peak_mb"]}
-                )
+                first, client = found["ready"] + sum(found["seconds"][0]), statistics.median(found["processor"][warmup:])
+                facts.append({"ready": found["ready"], "first_step": first, "peak_mb": found["peak_mb"], "client": client})
                 outside.append(
                     [statistics.median(column) for column in zip(*seconds, strict=True)] + [statistics.median(map(sum, seconds))]
                 )
@@ -142,7 +141,8 @@ def table(result: Json) -> list[str]:
     return [
         *table_of(["ms of", "engine in process", "SDK and server", "ratio"], rows),
         f"The server answered {result['ready']:.1f} s after its start, its first step was done {result['first_step']:.1f} s after it (the "
-        f"client's own start aside), and it took {result['peak_mb']:,.0f} MiB at the most.",
+        f"client's own start aside), and it took {result['peak_mb']:,.0f} MiB at the most. The client's process itself used "
+        f"{1000 * result['client']:.0f} ms of processor time a step.",
         "",
     ]
 

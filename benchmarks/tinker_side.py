@@ -1,4 +1,5 @@
-"""The SDK's half of http_step.py, run in its own venv. Takes its request as JSON and prints the seconds of each part of each step."""
+"""The SDK's half of http_step.py, run in its own venv. Takes its request as JSON and prints the seconds of each part of each step, and
+the processor time of this process."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from tinker import types
 warnings.simplefilter("ignore")  # some methods are to be called otherwise in later versions
 
 
-async def steps(request: dict[str, Any]) -> list[list[float]]:
+async def steps(request: dict[str, Any]) -> dict[str, Any]:
     service = tinker.ServiceClient(base_url=request["url"], api_key="tml-benchmark")
     training: Any = await service.create_lora_training_client_async(base_model="nano", rank=request["rank"], seed=1)
     seconds: list[list[float]] = []
+    processor: list[float] = []
     for step in range(request["steps"]):
-        clock = [time.perf_counter()]
+        clock, used = [time.perf_counter()], time.process_time()
         sampler = await training.save_weights_and_get_sampling_client_async()
         clock.append(time.perf_counter())
         params = types.SamplingParams(max_tokens=request["tokens"], temperature=1.0, seed=step, stop=[])
@@ -48,7 +50,8 @@ async def steps(request: dict[str, Any]) -> list[list[float]]:
         await stepped
         clock.append(time.perf_counter())
         seconds.append(np.diff(clock).tolist())
-    return seconds
+        processor.append(time.process_time() - used)
+    return {"seconds": seconds, "processor": processor}
 
 
-print(json.dumps({"seconds": asyncio.run(steps(json.loads(sys.argv[-1])))}))
+print(json.dumps(asyncio.run(steps(json.loads(sys.argv[-1])))))

@@ -30,6 +30,7 @@ from veneer.server.keys import Keys
 from veneer.server.limits import Limits
 from veneer.server.log import AccessLog
 from veneer.server.shelf import Shelf
+from veneer.server.tinker.service import ROOM
 from veneer.server.worker import Worker
 
 START = 90.0
@@ -139,14 +140,14 @@ def nano() -> Base:
 
 
 @contextlib.contextmanager
-def hosted(home: Path, limits: Limits | None = None, log: AccessLog | None = None) -> Generator[Server, None, None]:
-    """The application on a real socket in this process, on the bundled base. ``home``: as VENEER_HOME."""
+def hosted(home: Path, limits: Limits | None = None, log: AccessLog | None = None, room: int = ROOM) -> Generator[Server, None, None]:
+    """The application on a real socket in this process, on the bundled base. ``home``: as VENEER_HOME. ``room``: bytes for runs."""
     base = nano()
     assert base.tokenizer is not None
     engine = LoraEngine(base)
     worker = Worker([engine])
     served = Served(("nano", "Qwen/Qwen3-8B"), engine, Renderer(base.tokenizer), Shelf(worker, engine))
-    app = make_app(Bases([served]), worker, home / "server", limits, log)
+    app = make_app(Bases([served]), worker, home / "server", limits, log, room=room)
     running = uvicorn.Server(settings(app))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: running.run(sockets=[listening]), daemon=True)

@@ -36,11 +36,21 @@ class Client:
 
     def create(self) -> Client:
         self.session = self.server.call("/create_session", {})["session_id"]
-        model = {"session_id": self.session, "model_seq_id": 0, "base_model": "nano", "lora_config": {"rank": 2, "train_unembed": False}}
+        model = {
+            "session_id": self.session,
+            "model_seq_id": 0,
+            "base_model": "nano",
+            "lora_config": {"rank": 2, "train_unembed": False, "seed": 1},
+        }
         self.run = self._of(self.server.call("/create_model", model))["model_id"]
         return self
 
     def step(self, learning_rate: float = 1e-2) -> Client:
+        self.backward()
+        self.do("/optim_step", adam_params={"learning_rate": learning_rate})
+        return self
+
+    def backward(self) -> Client:
         self.seq += 1
         request = wire.MESSAGES["ForwardBackwardRequest"](model_id=self.run, seq_id=self.seq, loss_fn="cross_entropy")
         datum = request.data.add()
@@ -52,7 +62,6 @@ class Client:
         headers = {"Content-Type": wire.PROTOBUF}
         accepted = self.server.ask("POST", "/api/v1/forward_backward", headers=headers, data=request.SerializeToString()).json()
         assert self.server.result(accepted["request_id"]).headers["content-type"] == wire.PROTOBUF
-        self.do("/optim_step", adam_params={"learning_rate": learning_rate})
         return self
 
     def save(self) -> Client:

@@ -42,8 +42,10 @@ def serve(
     limits: Limits,
     log: Path | None,
     lora_dir: Path | None,
+    room: int,
 ) -> None:
-    """Run until SIGINT or SIGTERM. ``log``: the access log; None: stderr. ``lora_dir``: from inside of it clients may load adapters."""
+    """Run until SIGINT or SIGTERM. ``log``: the access log; None: stderr. ``lora_dir``: from inside of it clients may load adapters.
+    ``room``: bytes for adapters that serve, on each base, and as many for all runs in training."""
     names = _names(bases, aliases)
     listening = _listen(host, port)
     home = veneer_home() / "server"
@@ -59,9 +61,9 @@ def serve(
     served = []
     for base, engine in engines.items():
         assert engine.base.tokenizer is not None
-        served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine)))
+        served.append(Served(tuple(names[base]), engine, Renderer(engine.base.tokenizer), Shelf(worker, engine, room=room)))
     sys.setswitchinterval(SWITCH)
-    app = make_app(Bases(served), worker, home, limits, lines, lora_dir=lora_dir)
+    app = make_app(Bases(served), worker, home, limits, lines, lora_dir=lora_dir, room=room)
     gc.freeze()
     where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"veneer: serving {', '.join(name for base in names for name in names[base])} on {where}", file=sys.stderr, flush=True)

@@ -17,6 +17,13 @@ import click
 @click.option("--threads", type=click.IntRange(1), help="Of the engines. All cores unless said otherwise.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
 @click.option("--max-body", type=click.IntRange(1), default=256, show_default=True, help="MiB of one request; of JSON at most 16.")
+@click.option(
+    "--adapter-memory",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="GiB for adapters that answer, on each base, and as much for those in training. What does nothing leaves for what is needed.",
+)
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a second of one key. No limit unless given.")
 @click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Where a JSON line for each request goes. On stderr otherwise."
@@ -34,6 +41,7 @@ def command(
     threads: int | None,
     device: str,
     max_body: int,
+    adapter_memory: float,
     rate: float | None,
     log: Path | None,
     lora_dir: Path | None,
@@ -46,4 +54,4 @@ def command(
     from veneer.cli.hosting import serve
     from veneer.server.limits import MIB, Limits
 
-    serve(bases, aliases, host, port, threads, device, Limits(max_body * MIB, rate=rate), log, lora_dir)
+    serve(bases, aliases, host, port, threads, device, Limits(max_body * MIB, rate=rate), log, lora_dir, int(adapter_memory * 2**30))

@@ -27,7 +27,7 @@ from veneer.server.openai.errors import error_body, field_error
 from veneer.server.openai.management import Management
 from veneer.server.openai.routes import make_router as openai_routes
 from veneer.server.tinker.routes import make_router as tinker_routes
-from veneer.server.tinker.service import Tinker
+from veneer.server.tinker.service import ROOM, Tinker
 from veneer.server.worker import Worker
 from veneer.store.registry import Registry
 from veneer.types import VeneerError
@@ -42,10 +42,12 @@ def make_app(
     *,
     registry: Registry | None = None,
     lora_dir: Path | None = None,
+    room: int = ROOM,
 ) -> FastAPI:
     """``home``: where the server keeps its keys and its state. ``log``: where a line for each request goes, if anywhere. ``registry``:
-    the adapters that it serves; None: those of VENEER_HOME. ``lora_dir``: from inside of it clients may load adapters."""
-    keys, tinker = Keys(home), Tinker(bases, home / "tinker")
+    the adapters that it serves; None: those of VENEER_HOME. ``lora_dir``: from inside of it clients may load adapters. ``room``: bytes
+    for runs in memory."""
+    keys, tinker = Keys(home), Tinker(bases, home / "tinker", room)
     registry = registry or Registry()
     answering = Answering(bases, registry)
     management = Management(answering.catalogue, answering.loading, registry, lora_dir)

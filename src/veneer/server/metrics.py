@@ -69,12 +69,15 @@ class _Now(Collector):
         yield GaugeMetricFamily("veneer_engine_queue", "Requests that the engines have and have not answered.", self.worker.waiting)
         runs = GaugeMetricFamily("veneer_runs_loaded", "Training runs in memory.", labels=("base",))
         adapters = GaugeMetricFamily("veneer_adapters_loaded", "Adapters in memory that only serve.", labels=("base",))
+        sizes = GaugeMetricFamily("veneer_adapter_bytes", "Memory of adapters.", labels=("base", "use"))
         info = InfoMetricFamily("veneer_base", "The bases that are held.")
         for base in self.bases.served:
             runs.add_metric((base.name,), self.tinker.loaded(base))
             adapters.add_metric((base.name,), len(base.shelf))
+            sizes.add_metric((base.name, "serving"), base.shelf.size)
+            sizes.add_metric((base.name, "training"), self.tinker.size_on(base))
             info.add_metric((), {"base": base.name, "digest": base.engine.base_digest, "dtype": base.engine.dtype})
-        yield from (runs, adapters, info)
+        yield from (runs, adapters, sizes, info)
 
 
 def add_metrics(app: FastAPI, metrics: Metrics) -> None:

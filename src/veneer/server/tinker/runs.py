@@ -29,6 +29,9 @@ LOG = logging.getLogger("veneer.server")
 STATE_SHARE = 0.02
 """Of a run's time at most this much goes into saving its state; what lies between two states is repeated after a restart."""
 
+ROW_BYTES = 5 * 4
+"""Of a parameter."""
+
 
 class Run:
     """One model that a client trains. Its name in the engine is its id."""
@@ -46,6 +49,8 @@ class Run:
         self.row, self.served, self.promises, self.checkpoints, self.sampling = row, served, promises, checkpoints, sampling
         self.states = states
         self.last_request = row.created
+        self.size = 0
+        """Bytes in memory: published weights, those in training, gradient and two moments."""
         self.failed: Exception | None = None
         """Why there is no such model: it could not be made."""
         self._next = 0 if row.state_seq is None else row.state_seq + 1
@@ -63,10 +68,15 @@ class Run:
         self._work = asyncio.create_task(self._run())
 
     @property
+    def at_work(self) -> bool:
+        """Something runs or waits for its turn."""
+        return bool(self._early or self._passes or self._doing)
+
+    @property
     def idle_for(self) -> float:
-        """Seconds; 0 while something runs or waits for its turn."""
-        busy = self._early or self._passes or self._doing or (self._saving is not None and not self._saving.done())
-        return 0.0 if busy else time.time() - self.last_request
+        """Seconds; 0 while it is at work or its state is being saved."""
+        saving = self._saving is not None and not self._saving.done()
+        return 0.0 if self.at_work or saving else time.time() - self.last_request
 
     def offer(self, promise: Promise) -> None:
         """Take an operation in; it runs when its turn comes."""
@@ -125,6 +135,7 @@ class Run:
 
     async def _loaded(self, checkpoint: Checkpoint) -> None:
         await self._ask(lambda: self.served.engine.load_state(self.row.id, checkpoint))
+        self.size = ROW_BYTES * sum(array.size for array in checkpoint.weights.values())
         await self.served.check(self.row.id, checkpoint)
 
     def _ask(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -161,7 +172,8 @@ class Run:
     # ------------------------------------------------ operations
 
     async def _create(self, promise: Promise) -> None:
-        await self.served.shelf.worker.run(lambda: self.served.engine.create_adapter(self.row.id, self.row.lora))
+        count = await self.served.shelf.worker.run(lambda: self.served.engine.create_adapter(self.row.id, self.row.lora))
+        self.size = ROW_BYTES * count
         self.promises.resolve(promise, {"model_id": self.row.id, "type": "create_model"})
 
     async def _load(self, promise: Promise) -> None:

@@ -31,6 +31,7 @@ ABANDONED = 7 * 24 * 3600.0
 """Seconds without a sign of life after which a session's runs and snapshots are removed; named checkpoints stay."""
 PARKED = 1800.0
 """Seconds without an operation after which a run leaves the engine."""
+ROOM = 2**31
 MOST_OPEN = 20_000
 """Promises that one owner may have open at once; more are told to come back later. What waits for a number that never comes is open."""
 
@@ -38,8 +39,10 @@ MOST_OPEN = 20_000
 class Tinker:
     """Everything of one home, on the bases that this process holds."""
 
-    def __init__(self, bases: Bases, home: Path) -> None:
-        """``home``: a folder of its own; what an earlier process left there goes on after ``resume``."""
+    def __init__(self, bases: Bases, home: Path, room: int = ROOM) -> None:
+        """``home``: a folder of its own; what an earlier process left there goes on after ``resume``. ``room``: bytes for runs in memory;
+        when more are needed, those that do nothing leave until their next operation."""
+        self.room = room
         self.bases, self.home = bases, home
         self.journal = Journal(home / "state.sqlite", SCHEMA)
         self.promises = Promises(self.journal)
@@ -48,6 +51,7 @@ class Tinker:
         self.sessions: dict[str, Session] = {r["id"]: row_of(Session, r) for r in self.journal.read("SELECT * FROM sessions")}
         self._rows: dict[str, RunRow] = {r["id"]: row_of(RunRow, r) for r in self.journal.read("SELECT * FROM runs")}
         self._runs: dict[str, Run] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
 
     # ------------------------------------------------ coming and going
@@ -84,8 +88,8 @@ class Tinker:
                 self.promises.tidy()
                 await self.checkpoints.expire()
                 await self._remove_abandoned()
-                for row in [self._rows[run_id] for run_id, run in self._runs.items() if run.idle_for > PARKED]:
-                    await self._unload(row)
+                for row in [run.row for run in self._runs.values() if run.idle_for > PARKED]:
+                    await self._park(row)
             except Exception:
                 LOG.exception("tidying failed; it is tried again")
 
@@ -118,6 +122,11 @@ class Tinker:
         await run.stopped()
         if removed is not None:
             await removed
+
+    async def _park(self, row: RunRow) -> None:
+        """The same, unless it has begun to do something."""
+        if row.id in self._runs and self._runs[row.id].idle_for:
+            await self._unload(row)
 
     # ------------------------------------------------ sessions
 
@@ -188,17 +197,38 @@ class Tinker:
         """How many runs are in memory on a base."""
         return sum(run.served is base for run in self._runs.values())
 
+    def size_on(self, base: Served) -> int:
+        """Bytes of those runs."""
+        return sum(run.size for run in self._runs.values() if run.served is base)
+
     def run(self, run_id: str) -> Run:
         """A run at work, woken up from its state if need be."""
         if run_id not in self._runs:
             row = self._rows.get(run_id)
             if row is None:
                 raise NotFound(f"there is no model {run_id!r}")
+            self._make_room()
             served = self.bases.find(row.base)
             run = self._runs[run_id] = Run(row, served, self.promises, self.checkpoints, self.sampling, self._states(run_id))
             for promise in self.promises.to_do(run_id, -1 if row.state_seq is None else row.state_seq):
                 run.offer(promise)
         return self._runs[run_id]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the runs in memory."""
+        return sum(run.size for run in self._runs.values())
+
+    def _make_room(self) -> None:
+        """Let the runs that have done nothing for the longest time leave."""
+        excess = self.size - self.room
+        for run in sorted(self._runs.values(), key=lambda run: -run.idle_for):
+            if excess <= 0 or not run.idle_for:
+                break
+            excess -= run.size
+            leaving = asyncio.create_task(self._park(run.row))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
 
     def _states(self, run_id: str) -> Path:
         return self.home / "runs" / run_id.replace(":", "_")  # made of a session's uuid and a number
@@ -243,6 +273,8 @@ class Tinker:
     ) -> Promise:
         self._check_load(owner)
         run_id = f"{session}:train:{seq}"
+        if sum(run.size for run in self._runs.values() if run.at_work) > self.room:
+            raise Busy("the runs that are at work fill the memory for adapters; come back when some of them are done")
         row = self._rows.get(run_id) or RunRow(run_id, session, owner, base, lora, metadata, time.time())
         promise, fresh = await self.promises.accept(owner, run_id, 0, kind, raw, {"run": run_id}, put(row))
         if fresh:
