@@ -4,8 +4,9 @@
 
 The same step for both: 8 prompts of 30 tokens x 8 completions of exactly 32, a rank-8 adapter on all linear maps and the
 unembedding, importance sampling, one optimizer step, the new weights published to a sampler. The SDK is another process with a
-venv of its own (.bench/clients, made here); so on two cores it also takes processor time from the engine. Each round starts both
-sides anew, one after the other; figures are medians over the rounds of medians over the steps.
+venv of its own (.bench/clients, made here); so on two cores it also takes processor time from the engine. A bare client
+(bare_side.py) sends the same requests and does nothing else: what it takes is the server's part. Each round starts all sides anew,
+one after the other; figures are medians over the rounds of medians over the steps.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ from measure import ROOT, Command, Json, Settings, in_worker, ratios, request_of
 
 CLIENT_PYTHON = ROOT / ".bench/clients/bin/python"
 CLIENT_PACKAGES = ("torch==2.13.0", "tinker==0.38.0")
-CLIENT_FILE = str(ROOT / "benchmarks/tinker_side.py")
+CLIENTS = {
+    "bare": (sys.executable, str(ROOT / "benchmarks/bare_side.py")),
+    "sdk": (str(CLIENT_PYTHON), str(ROOT / "benchmarks/tinker_side.py")),
+}
+"""The Python and the file of each."""
+SIDES = ("in_process", *CLIENTS)
 STEPS, WARMUP = 20, 4
 PROMPTS, GROUP, PROMPT_TOKENS, TOKENS, RANK = 8, 8, 30, 32, 8
-PARTS = ("publish", "sample", "train", "optimize")
+NAMES = ("publish", "sample", "train", "optimize", "step")
 READY = re.compile(r"on (http://\S+)")
 
 
@@ -80,8 +86,8 @@ def work(request: Json) -> Json:
     return {"seconds": seconds}
 
 
-def over_http(settings: Settings, steps: int) -> Json:
-    """The same through a server and the SDK."""
+def over_http(settings: Settings, steps: int, python: str, client: str) -> Json:
+    """The same through a server and a client."""
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, "-m", "veneer", "serve", "--port", "0", "--threads", str(settings.threads)]
         errors = Path(home) / "stderr"
@@ -94,7 +100,7 @@ def over_http(settings: Settings, steps: int) -> Json:
                 time.sleep(0.02)
             ready = time.perf_counter() - began
             request = request_of(settings, url=found[1], steps=steps, group=GROUP, tokens=TOKENS, rank=RANK, prompts=prompts(368))
-            raw = in_worker(CLIENT_FILE, request, python=str(CLIENT_PYTHON))
+            raw = in_worker(client, request, python=python)
             peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())
             return {**raw, "ready": ready, "peak_mb": int(peak[1]) / 1024 if peak else None}
         finally:
@@ -102,47 +108,50 @@ def over_http(settings: Settings, steps: int) -> Json:
             server.wait(30)
 
 
+def medians(seconds: list[list[float]]) -> list[float]:
+    """Of each part, and of whole steps."""
+    return [statistics.median(column) for column in zip(*seconds, strict=True)] + [statistics.median(map(sum, seconds))]
+
+
 def measure(settings: Settings) -> Json:
     ensure_client()
     steps, warmup = (6, 2) if settings.quick else (STEPS, WARMUP)
-    inside: list[list[float]] = []
-    outside: list[list[float]] = []
-    facts: list[Json] = []
+    found: dict[str, list[list[float]]] = {side: [] for side in SIDES}
+    facts: dict[str, list[Json]] = {side: [] for side in CLIENTS}
     for number in range(settings.rounds):
-        for side in sorted(("http", "inside"), reverse=number % 2 == 0):
-            if side == "inside":
-                seconds = in_worker(__file__, request_of(settings, steps=steps))["seconds"][warmup:]
-                inside.append([statistics.median(column) for column in zip(*seconds, strict=True)] + [statistics.median(map(sum, seconds))])
+        for side in SIDES if number % 2 else SIDES[::-1]:
+            if side == "in_process":
+                seconds = in_worker(__file__, request_of(settings, steps=steps))["seconds"]
             else:
-                found = over_http(settings, steps)
-                seconds = found["seconds"][warmup:]
-                first, client = found["ready"] + sum(found["seconds"][0]), statistics.median(found["processor"][warmup:])
-                facts.append({"ready": found["ready"], "first_step": first, "peak_mb": found["peak_mb"], "client": client})
-                outside.append(
-                    [statistics.median(column) for column in zip(*seconds, strict=True)] + [statistics.median(map(sum, seconds))]
-                )
-            say(
-                f"{settings.threads} thread(s), round {number + 1}: {side} {(inside if side == 'inside' else outside)[-1][-1]:.3f} s a step"
-            )
-    names = (*PARTS, "step")
-    return {
-        "in_process": {name: statistics.median(row[i] for row in inside) for i, name in enumerate(names)},
-        "http": {name: statistics.median(row[i] for row in outside) for i, name in enumerate(names)},
-        "overhead": {name: ratios([row[i] for row in outside], [row[i] for row in inside]) for i, name in enumerate(names)},
-        **{key: statistics.median(fact[key] for fact in facts) for key in facts[0]},
-    }
+                answer = over_http(settings, steps, *CLIENTS[side])
+                seconds = answer["seconds"]
+                first, client = answer["ready"] + sum(seconds[0]), statistics.median(answer["processor"][warmup:])
+                facts[side].append({"ready": answer["ready"], "first_step": first, "peak_mb": answer["peak_mb"], "client": client})
+            found[side].append(medians(seconds[warmup:]))
+            say(f"{settings.threads} thread(s), round {number + 1}: {side} {found[side][-1][-1]:.3f} s a step")
+    result: Json = {}
+    for side, rows in found.items():
+        result[side] = {name: statistics.median(row[i] for row in rows) for i, name in enumerate(NAMES)}
+        if side in CLIENTS:
+            inside = found["in_process"]
+            result[side]["overhead"] = {n: ratios([row[i] for row in rows], [row[i] for row in inside]) for i, n in enumerate(NAMES)}
+            result[side] |= {key: statistics.median(fact[key] for fact in facts[side]) for key in facts[side][0]}
+    return result
 
 
 def table(result: Json) -> list[str]:
-    rows = [
-        [name, f"{1000 * result['in_process'][name]:.1f}", f"{1000 * result['http'][name]:.1f}", shown(result["overhead"][name])]
-        for name in (*PARTS, "step")
-    ]
+    rows = []
+    for name in NAMES:
+        row = [name, f"{1000 * result['in_process'][name]:.1f}"]
+        for side in CLIENTS:
+            row += [f"{1000 * result[side][name]:.1f}", shown(result[side]["overhead"][name])]
+        rows.append(row)
+    bare, sdk = result["bare"], result["sdk"]
     return [
-        *table_of(["ms of", "engine in process", "SDK and server", "ratio"], rows),
-        f"The server answered {result['ready']:.1f} s after its start, its first step was done {result['first_step']:.1f} s after it (the "
-        f"client's own start aside), and it took {result['peak_mb']:,.0f} MiB at the most. The client's process itself used "
-        f"{1000 * result['client']:.0f} ms of processor time a step.",
+        *table_of(["ms of", "engine in process", "bare client", "ratio", "SDK", "ratio"], rows),
+        f"The server answered {sdk['ready']:.1f} s after its start, its first step was done {sdk['first_step']:.1f} s after it (the "
+        f"client's own start aside), and it took {sdk['peak_mb']:,.0f} MiB at the most. A step takes {1000 * sdk['client']:.0f} ms of "
+        f"processor time in the SDK's process, {1000 * bare['client']:.0f} ms in the bare client's.",
         "",
     ]
 

@@ -1,7 +1,8 @@
-"""What a client must not notice: a server that is killed, and neighbours that misbehave."""
+"""What a client must not notice: a server that is killed, neighbours that misbehave, and more of a full disk than the save that fails."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,8 @@ from client import CLIENTS, Stage, last_line, read_lines
 from server import Server
 
 STEPS = 20
+DISK, LEFT = "48m", 2**18
+"""Of the full disk: its size, and the bytes left on it, which hold a request and no checkpoint."""
 KILLED_BEHIND = (3, 10, 11)
 """The server is killed right after the client has written these steps: the client is then inside the next one."""
 
@@ -65,6 +68,45 @@ def tenants(stage: Stage) -> dict[str, Any]:
         end(clients)
     compare(found, wanted, "the run beside vandals")
     return {"steps": len(found), "refused": said[-1]["refused"], "rounds_of_garbage": said[-1]["rounds"]}
+
+
+def full_disk(stage: Stage) -> dict[str, Any]:
+    """A save that does not fit fails in words and the run goes on; with room again the next save works, and every loss is that of a run
+    that never met a full disk."""
+    disk, go, room = stage.logs.parent / "disk", stage.logs / "full_disk.go", stage.logs / "full_disk.room"
+    for file in (go, room):
+        file.unlink(missing_ok=True)
+    disk.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        return {"skipped": f"mount is not permitted here ({mounted.stderr.strip()})"}
+    server, filling = Server(disk / "home", stage.logs / "server-full-disk.log"), disk / "filling"
+    clients: list[subprocess.Popen[bytes]] = []
+    try:
+        server.start()
+        for name, more in (("full_disk_calm", ()), ("full_disk", ("--go", go, "--room", room))):
+            lines_of(stage, name).unlink(missing_ok=True)
+            clients.append(stage.start(name, CLIENTS / "full_disk.py", "--lines", lines_of(stage, name), *more, url=server.url))
+            if more:
+                wait_for_lines(stage, clients[-1], name, 4)
+                filling.write_bytes(b"x" * (shutil.disk_usage(disk).free - LEFT))
+                go.touch()
+                wait_for_lines(stage, clients[-1], name, 9)  # the refusal, and all the steps behind it
+                filling.unlink()
+                room.touch()
+            code = clients[-1].wait(120)
+            assert code == 0, f"{name}: exit code {code}: {last_line(stage.logs / f'{name}.log')}"
+    finally:
+        end(clients)
+        server.stop()
+        subprocess.run(["umount", "-l", disk], check=False)
+    calm, found = (read_lines(lines_of(stage, name)) for name in ("full_disk_calm", "full_disk"))
+    (refused,) = (line["refused"] for line in found if "refused" in line)
+    assert refused is not None, "a checkpoint was saved on a full disk"
+    assert "space" in refused, refused
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (calm, found)]
+    assert losses[0] == losses[1], f"{losses[1]} and not {losses[0]}"
+    return {"steps": len(losses[0]), "refused": 1}
 
 
 # ---------------------------------------------------------------- the loop

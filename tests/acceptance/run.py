@@ -69,6 +69,7 @@ POINTS: dict[str, Point] = {
     "openai": serving.openai_api,
     "tenants": failures.tenants,
     "restart": failures.restart,
+    "full_disk": failures.full_disk,
 }
 MORE: dict[str, Point] = recipes.MORE
 
