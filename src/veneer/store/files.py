@@ -31,11 +31,7 @@ def storage_errors(path: Path) -> Generator[None, None, None]:
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else None
         full = number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)  # safetensors gives text alone
-        advice = (
-            "free some space and run the same command again: it goes on from the last checkpoint"
-            if full
-            else "check the path and its permissions"
-        )
+        advice = "free some space and do it again; what was saved before is still there" if full else "check the path and its permissions"
         reason = os.strerror(errno.ENOSPC) if full else os.strerror(number) if number else in_one_line(error)
         raise StorageError(f"cannot write {path}: {reason}; {advice}") from error
 
