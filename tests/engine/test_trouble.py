@@ -396,6 +396,24 @@ def test_only_the_lanes_share_their_products() -> None:
         torch.set_num_threads(before)
 
 
+def test_engines_side_by_side_share_their_threads() -> None:
+    """A server of two bases has the helpers of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first = LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=60, threads=2)
+        first.sample(prompt(5), None, FREE).result()
+        lanes = sum(thread.name == "veneer-lane" for thread in threading.enumerate())
+        second = LoraEngine(Base("llama", random_model("llama"), None), beside=first)
+        second.create_adapter("a", LoraConfig(rank=2))
+        second.sample(prompt(5), "a", FREE).result()
+        assert sum(thread.name == "veneer-lane" for thread in threading.enumerate()) == lanes
+        alone = LoraEngine(Base("llama", random_model("llama"), None)).sample(prompt(5), None, FREE).result()
+        assert np.array_equal(second.sample(prompt(5), None, FREE).result()[0].tokens, alone[0].tokens)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("verb", ["sample", "train"])
 def test_a_pass_that_never_returns_is_left_behind_alone(verb: str) -> None:
     """A stuck kernel must not take the other experiments down with it: its request fails, the others are answered."""

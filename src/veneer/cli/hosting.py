@@ -54,7 +54,10 @@ def serve(
     _allow_connections()
     set_threads(1)
     threads = threads or os.cpu_count() or 1
-    engines = {base: LoraEngine(load_base(base, device), patience=PATIENCE, threads=threads) for base in names}
+    engines: dict[str, LocalEngine] = {}
+    for base in names:
+        first = next(iter(engines.values()), None)
+        engines[base] = LoraEngine(load_base(base, device), patience=PATIENCE, threads=threads, beside=first)
     for engine in engines.values():
         _warm_up(engine)
     worker = Worker(list(engines.values()))

@@ -14,7 +14,12 @@ __all__ = ["LOSSES", "Base", "FullEngine", "LocalEngine", "LoraEngine", "load_ba
 
 
 def LoraEngine(
-    base: Base, *, gradient_checkpointing: bool = False, patience: float | None = None, threads: int | None = None
+    base: Base,
+    *,
+    gradient_checkpointing: bool = False,
+    patience: float | None = None,
+    threads: int | None = None,
+    beside: LocalEngine | None = None,
 ) -> LocalEngine:
     """An engine whose adapters are low-rank updates.
 
@@ -24,8 +29,9 @@ def LoraEngine(
         threads: CPU threads of each matrix product when sampling, and passes side by side when training; None: what ``set_threads`` said.
             Training gives the same bits at any number; sampling does wherever a product of two threads adds up as one does, which large
             models' do not.
+        beside: an engine whose threads it shares, with their number and patience: the two must be asked by one thread.
     """
-    return LocalEngine(base, LoraStack(base, gradient_checkpointing=gradient_checkpointing), patience, threads)
+    return LocalEngine(base, LoraStack(base, gradient_checkpointing=gradient_checkpointing), patience, threads, beside)
 
 
 def FullEngine(base: Base, *, patience: float | None = None, threads: int | None = None) -> LocalEngine:

@@ -75,16 +75,23 @@ class _Slot:
 class LocalEngine:
     """The Engine protocol in this process. ``stack`` decides what an adapter is: low-rank updates or a full copy."""
 
-    def __init__(self, base: Base, stack: LoraStack | FullStack, patience: float | None = None, threads: int | None = None) -> None:
-        """``patience``: seconds after which a pass through the base counts as stuck and is given up; None: never. ``threads``: as
-        ``LoraEngine`` has them."""
+    def __init__(
+        self,
+        base: Base,
+        stack: LoraStack | FullStack,
+        patience: float | None = None,
+        threads: int | None = None,
+        beside: LocalEngine | None = None,
+    ) -> None:
+        """``patience``: seconds after which a pass through the base counts as stuck and is given up; None: never. ``threads`` and
+        ``beside``: as ``LoraEngine`` has them."""
         self.base, self._stack = base, stack
         self._slots: dict[str, _Slot] = {}
         self._queue: list[Request] = []
-        lanes: Lanes[Any] = Lanes(patience, threads)
-        self._sampler = Sampler(base, stack, lanes)
+        self._lanes: Lanes[Any] = Lanes(patience, threads) if beside is None else beside._lanes
+        self._sampler = Sampler(base, stack, self._lanes)
         self._sampling: dict[SampleRequest, Request] = {}
-        self._trainer = Trainer(base, stack, lanes)
+        self._trainer = Trainer(base, stack, self._lanes)
 
     @property
     def base_id(self) -> str:
