@@ -35,6 +35,8 @@ class Message(TypedDict, total=False):
     content: Required[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
+    invalid_tool_calls: NotRequired[list[str]]
+    """What was marked as a call and is none, as it was written; it stands in ``content`` too."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,34 @@ class Env(Protocol):
     async def step(self, action: Message) -> StepResult: ...
 
 
+@runtime_checkable
+class Closable(Protocol):
+    """An environment, or a dataset of them, that holds something to be given back: a process, a connection, a folder."""
+
+    async def close(self) -> None: ...
+
+
 Split = Literal["train", "eval"]
 
 
 class EnvDataset(Protocol):
-    """An endless stream of problems: the same split and index always give the same problem, and no problem is in both splits."""
+    """A stream of problems: the same split and index always give the same problem, and no problem is in both splits."""
 
     @property
     def name(self) -> str: ...
 
     def env(self, split: Split, index: int) -> Env: ...
+
+
+@runtime_checkable
+class GroupGrader(Protocol):
+    """A dataset that grades the episodes of one problem together, when all have ended: judges that compare, rewards of a batch."""
+
+    async def compute_group_rewards(
+        self, split: Split, index: int, trajectories_G: Sequence[Trajectory]
+    ) -> Sequence[tuple[float, Mapping[str, float]]]:
+        """Per finished member a reward, which is added to what its steps brought, and metrics."""
+        ...
 
 
 # ---------------------------------------------------------------- adapters
@@ -249,11 +269,13 @@ class Trajectory:
     error: str | None = None
     truncated: bool = False
     """The last turn ran into max_tokens or the context length."""
+    group_metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What the dataset said of it when it graded the whole group."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics of all turns; a later turn overrides an earlier one."""
-        return {name: value for t in self.transitions for name, value in t.metrics.items()}
+        """Metrics of all turns and of the group; what comes later overrides what came earlier."""
+        return {name: value for t in self.transitions for name, value in t.metrics.items()} | dict(self.group_metrics)
 
 
 @dataclass(frozen=True)

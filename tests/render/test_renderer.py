@@ -150,20 +150,33 @@ def test_extend_twice_is_the_text_of_three_turns() -> None:
         (
             '<tool_call>\n{"name": "calculator", "arguments": {\n</tool_call><|im_end|>',
             True,
-            {"content": '<tool_call>\n{"name": "calculator", "arguments": {\n</tool_call>'},
+            {
+                "content": '<tool_call>\n{"name": "calculator", "arguments": {\n</tool_call>',
+                "invalid_tool_calls": ['<tool_call>\n{"name": "calculator", "arguments": {\n</tool_call>'],
+            },
         ),
         (
             '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>',
             False,
-            {"content": '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>'},
+            {
+                "content": '<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>',
+                "invalid_tool_calls": ['<tool_call>\n{"name": 3, "arguments": {}}\n</tool_call>'],
+            },
         ),
         (
             '<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>',
             False,
-            {"content": '<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>'},
+            {
+                "content": '<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>',
+                "invalid_tool_calls": ['<tool_call>\n{"name": "x", "arguments": "y"}\n</tool_call>'],
+            },
         ),
-        ("<tool_call>\n[1]\n</tool_call>", False, {"content": "<tool_call>\n[1]\n</tool_call>"}),
-        ('<tool_call>\n{"name": "x"', False, {"content": '<tool_call>\n{"name": "x"'}),
+        (
+            "<tool_call>\n[1]\n</tool_call>",
+            False,
+            {"content": "<tool_call>\n[1]\n</tool_call>", "invalid_tool_calls": ["<tool_call>\n[1]\n</tool_call>"]},
+        ),
+        ('<tool_call>\n{"name": "x"', False, {"content": '<tool_call>\n{"name": "x"', "invalid_tool_calls": ['<tool_call>\n{"name": "x"']}),
     ],
 )
 def test_parse_response(text: str, stopped: bool, expected: dict) -> None:

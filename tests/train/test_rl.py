@@ -133,7 +133,7 @@ def test_a_failing_minority_is_recorded_and_counted(tmp_path: Path, fault: str, 
 def test_a_failing_majority_ends_the_run(tmp_path: Path, fault: str) -> None:
     """A broken grader must not burn a night."""
     session = open_session(config_of(tmp_path, fault, every=1), tmp_path / "run")
-    with pytest.raises(RunError, match=r"4 of 4 rollouts failed, more than env.max_failed_share = 0.5; the first: step") as caught:
+    with pytest.raises(RunError, match=r"4 of 4 rollouts failed, more than env.max_failed_share = 0.5; 4 times: step") as caught:
         run_session(session)
     assert "\n" not in str(caught.value)
 

@@ -27,6 +27,7 @@ from veneer.store.run import REPORT, SUMMARY, Run
 from veneer.train import rl, sft
 from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_config
 from veneer.train.report import render_report
+from veneer.train.rollouts import closing
 from veneer.train.session import Session, stop_signals
 from veneer.types import AdapterError, Checkpoint, EnvDataset, Tokens
 
@@ -193,7 +194,8 @@ async def _loop(session: Session, dataset: EnvDataset | None) -> dict[str, Any]:
         losses = [m["eval/mean_nll"] for m in session.run.metrics() if "eval/mean_nll" in m]
         around = {"nll_before": losses[0], "nll_after": losses[-1]} if losses else {}
         return {"kind": "sft", **dataclasses.asdict(result), **around}
-    result = await rl.train(session, dataset)
+    async with closing(dataset):
+        result = await rl.train(session, dataset)
     evaluations = [m for m in session.run.metrics() if "eval/solved" in m]
     summary: dict[str, Any] = {"kind": "rl", "env": dataset.name, **dataclasses.asdict(result)}
     for name, metrics in (("before", evaluations[0]), ("after", evaluations[-1])):

@@ -45,15 +45,20 @@ def command(
     dataset = load_env(settings.name, settings.args)
     from veneer.cli.assemble import pinned, score_of, start_for
     from veneer.store.registry import Registry, is_path
-    from veneer.train.evaluate import evaluate
+    from veneer.train.evaluate import Evaluation, evaluate
     from veneer.train.rl import check_failures
-    from veneer.train.rollouts import Policy
+    from veneer.train.rollouts import Policy, closing
     from veneer.types import SamplingParams
 
     adapter = None if adapter is None else pinned(adapter)
     machine, name = start_for(adapter, base, threads, device)
-    policy = Policy(machine.engine, machine.renderer, name, SamplingParams(max_tokens=max_tokens), settings.seconds)
-    result = asyncio.run(evaluate(policy, dataset, problems, seed))
+    policy = Policy(machine.engine, machine.renderer, name, SamplingParams(max_tokens=max_tokens), settings.seconds, settings.retries)
+
+    async def played() -> Evaluation:
+        async with closing(dataset):
+            return await evaluate(policy, dataset, problems, seed)
+
+    result = asyncio.run(played())
     check_failures([result.group()], settings.max_failed_share)
     rate = dataclasses.asdict(result.solved) | {"value": result.solved.value}
     if adapter is not None and not is_path(adapter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import sys
@@ -25,18 +26,17 @@ ENVIRONMENTS: dict[str, Factory] = {
     "calculator": calculator,
 }
 
+FAMILIES: dict[str, Factory] = {}
+"""Environments of other libraries and places, as ``FAMILY:ID``: the factory's first argument is what stands behind the colon."""
+
 
 def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
-    """A dataset of problems by name, or ``path/to/file.py:factory`` for one of the user's own.
+    """A dataset of problems by name, ``family:id`` for one of another library's, or ``path/to/file.py:factory`` for the user's own.
 
     Raises:
         ConfigError: no such environment, file or argument.
     """
-    factory = _from_file(name) if ".py:" in name else ENVIRONMENTS.get(name)
-    if factory is None:
-        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ENVIRONMENTS)}, or FILE.py:FACTORY"
-        raise ConfigError(f"env.name: no environment {name!r}; {hint}")
+    factory = _from_file(name) if ".py:" in name else _built_in(name)
     try:
         inspect.signature(factory).bind(**(args or {}))
     except TypeError as error:
@@ -50,6 +50,18 @@ def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
     if not isinstance(getattr(dataset, "name", None), str) or not callable(getattr(dataset, "env", None)):
         raise ConfigError(f"env.name: {name} must return an object with a name and a method env(split, index), not {dataset!r:.80}")
     return dataset
+
+
+def _built_in(name: str) -> Factory:
+    family, colon, identity = name.partition(":")
+    if colon and family in FAMILIES:
+        return functools.partial(FAMILIES[family], identity)
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    known = [*ENVIRONMENTS, *(f"{family}:ID" for family in FAMILIES)]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}, or FILE.py:FACTORY"
+    raise ConfigError(f"env.name: no environment {name!r}; {hint}")
 
 
 def _from_file(name: str) -> Factory:

@@ -32,6 +32,8 @@ class Reader:
         """``thinking``: the prompt has opened it already. ``calls``: look for tool calls."""
         self.thought = thinking
         """Whether there was thinking, be it empty."""
+        self.broken: list[str] = []
+        """What was marked as a call and is none; it was told as content too."""
         self._calls, self._called = calls, False
         self._text = ""
         """What has arrived and is not told."""
@@ -106,6 +108,7 @@ class Reader:
         call = None if end < 0 else _parse_call(self._text[len(CALL) : end])
         self._text, self._state = self._text[len(block) :], self._show
         if call is None:
+            self.broken.append(block)
             return self._content(block)
         self._called = True
         return [Part(call=call)]

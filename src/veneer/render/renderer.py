@@ -170,7 +170,7 @@ class Renderer:
 
     def parse_response(self, sampled: Tokens, stopped: bool) -> Message:
         """The assistant message in a completion. ``stopped``: the last token ended the turn and is no part of the content.
-        Thinking that never closes leaves an empty content; a tool call that is not valid JSON stays text."""
+        Thinking that never closes leaves an empty content; a tool call that is not valid JSON stays text, and is named as invalid."""
         text = self.decode(sampled[:-1] if stopped else sampled)
         reader = Reader(thinking=THINK in text or THOUGHT in text, calls=True)
         parts = reader.feed(text, last=True)
@@ -179,6 +179,8 @@ class Renderer:
             message["reasoning_content"] = "".join(part.reasoning for part in parts)
         if calls := [part.call for part in parts if part.call is not None]:
             message["tool_calls"] = calls
+        if reader.broken:
+            message["invalid_tool_calls"] = reader.broken
         return message
 
 

@@ -37,11 +37,13 @@ class LoraSettings(Settings):
 
 class EnvSettings(Settings):
     name: str = "arithmetic"
-    """A built-in environment, or FILE.py:FACTORY."""
+    """A built-in environment, FAMILY:ID of another library, or FILE.py:FACTORY."""
     args: dict[str, Any] = {}
     """Arguments of the environment."""
     seconds: float = Field(default=10.0, gt=0)
     """An environment call that takes longer fails its rollout."""
+    retries: int = Field(default=0, ge=0)
+    """How often a rollout that failed is played anew."""
     max_failed_share: float = Field(default=0.5, ge=0, le=1)
     """A step in which a larger share of the rollouts failed ends the run."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         Interrupted: the user asked to stop; the state is saved.
     """
     engine, config, rl = session.engine, session.config, session.config.rl
-    policy = Policy(engine, session.renderer, session.adapter, SamplingParams(max_tokens=rl.max_tokens), config.env.seconds)
+    params = SamplingParams(max_tokens=rl.max_tokens)
+    policy = Policy(engine, session.renderer, session.adapter, params, config.env.seconds, config.env.retries)
     adam = AdamParams(rl.learning_rate, beta1=0.9, beta2=0.95, grad_clip_norm=rl.grad_clip_norm)
     problems = derive_seed("problems", config.seed) >> 24  # where in the endless stream of training problems this seed begins
     first = await session.resume()
@@ -169,9 +171,10 @@ def _check_origin(groups_P: Sequence[TrajectoryGroup], published: Adapter) -> No
 
 def check_failures(groups_P: Sequence[TrajectoryGroup], limit: float) -> None:
     """Raises:
-    RunError: a larger share than ``limit`` of the rollouts failed; quotes the first.
+    RunError: a larger share than ``limit`` of the rollouts failed; names the three commonest causes.
     """
-    errors = [t.error for group in groups_P for t in group.trajectories_G if t.error is not None]
-    total = sum(len(group.trajectories_G) for group in groups_P)
-    if len(errors) > limit * total:
-        raise RunError(f"{len(errors)} of {total} rollouts failed, more than env.max_failed_share = {limit:g}; the first: {errors[0]}")
+    errors = Counter(t.error for group in groups_P for t in group.trajectories_G if t.error is not None)
+    failed, total = errors.total(), sum(len(group.trajectories_G) for group in groups_P)
+    if failed > limit * total:
+        causes = "; ".join(f"{count} times: {error}" for error, count in errors.most_common(3))
+        raise RunError(f"{failed} of {total} rollouts failed, more than env.max_failed_share = {limit:g}; {causes}")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from veneer.render import Renderer
 from veneer.train.timebox import EnvFailure, checked_metrics, checked_number, expect, in_env
 from veneer.types import (
+    Closable,
     DataError,
     Engine,
     Env,
     EnvDataset,
+    GroupGrader,
     Observation,
     SamplingParams,
     Split,
@@ -37,6 +40,18 @@ class Policy:
     params: SamplingParams
     env_seconds: float = 10.0
     """An environment call that takes longer fails its rollout."""
+    env_retries: int = 0
+    """How often a rollout that failed is played anew, from the start and with other draws."""
+
+
+@asynccontextmanager
+async def closing(dataset: EnvDataset) -> AsyncGenerator[EnvDataset, None]:
+    """The dataset for as long as it is used; what it holds is given back behind it."""
+    try:
+        yield dataset
+    finally:
+        if isinstance(dataset, Closable):
+            await dataset.close()
 
 
 def derive_seed(*parts: object) -> int:
@@ -45,9 +60,20 @@ def derive_seed(*parts: object) -> int:
 
 
 async def do_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: int, seed: int) -> Trajectory:
-    """Play one episode. Every turn's prompt is the last one plus what was sampled plus what the environment answered, as tokens."""
+    """Play one episode to its end, anew if it fails and ``policy.env_retries`` allows it."""
+    trajectory = await _play(policy, dataset, split, index, seed)
+    for attempt in range(1, policy.env_retries + 1):
+        if trajectory.error is None:
+            break
+        trajectory = await _play(policy, dataset, split, index, derive_seed(seed, "retry", attempt))
+    return trajectory
+
+
+async def _play(policy: Policy, dataset: EnvDataset, split: Split, index: int, seed: int) -> Trajectory:
+    """Every turn's prompt is the last one plus what was sampled plus what the environment answered, as tokens."""
     turns: list[Transition] = []
     seconds = policy.env_seconds
+    env: Env | None = None
     try:
         env = await in_env(lambda: _made(dataset, split, index), "env", seconds)
         first = expect(await in_env(env.initial_observation, "initial_observation", seconds), Observation, "initial_observation")
@@ -71,6 +97,10 @@ async def do_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: i
                 return Trajectory(turns, total, truncated=True)
     except EnvFailure as failure:
         return Trajectory(turns, 0.0, error=str(failure))
+    finally:
+        if isinstance(env, Closable):
+            with suppress(EnvFailure):  # the episode is over, and what it earned stands
+                await in_env(env.close, "close", seconds)
 
 
 def rendered(render: Callable[[], Tokens]) -> Tokens:
@@ -90,9 +120,31 @@ async def _made(dataset: EnvDataset, split: Split, index: int) -> Env:
 
 
 async def do_group_rollout(policy: Policy, dataset: EnvDataset, split: Split, index: int, size: int, seed: int) -> TrajectoryGroup:
-    """Play one problem ``size`` times, all members at once."""
+    """Play one problem ``size`` times, all members at once, and let the dataset grade them together if it wants to."""
     members = [do_rollout(policy, dataset, split, index, derive_seed(seed, index, member)) for member in range(size)]
-    return TrajectoryGroup(index, await asyncio.gather(*members))
+    trajectories_G = await asyncio.gather(*members)
+    if isinstance(dataset, GroupGrader):
+        trajectories_G = await _graded(policy, dataset, split, index, trajectories_G)
+    return TrajectoryGroup(index, trajectories_G)
+
+
+async def _graded(policy: Policy, dataset: GroupGrader, split: Split, index: int, trajectories_G: Sequence[Trajectory]) -> list[Trajectory]:
+    """The members with what the group's grader adds. If it fails, so do all members: without it their rewards are not what was meant."""
+    finished = [t for t in trajectories_G if t.error is None]
+    what = "compute_group_rewards"
+    try:
+        verdicts = await in_env(lambda: dataset.compute_group_rewards(split, index, finished), what, policy.env_seconds)
+        if len(expect(verdicts, list, what)) != len(finished):
+            raise EnvFailure(f"{what} returned {len(verdicts)} rewards for {len(finished)} episodes")
+        checked = [(checked_number(reward, f"{what}'s reward"), checked_metrics(metrics)) for reward, metrics in verdicts]
+    except EnvFailure as failure:
+        return [replace(t, reward=0.0, error=t.error or str(failure)) for t in trajectories_G]
+    added = iter(checked)
+    return [t if t.error is not None else _with(t, *next(added)) for t in trajectories_G]
+
+
+def _with(trajectory: Trajectory, reward: float, metrics: dict[str, float]) -> Trajectory:
+    return replace(trajectory, reward=trajectory.reward + reward, group_metrics=metrics)
 
 
 async def do_rollouts(
