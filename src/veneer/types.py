@@ -72,6 +72,15 @@ class Closable(Protocol):
     async def close(self) -> None: ...
 
 
+@runtime_checkable
+class Solvable(Protocol):
+    """An environment that knows its own solution: what ``veneer env check`` plays."""
+
+    def gold(self) -> Message:
+        """What a perfect policy says next. Said to the end, it earns a reward of 1."""
+        ...
+
+
 Split = Literal["train", "eval"]
 
 

@@ -43,6 +43,9 @@ class Division:
     async def score(self, answer: Message | None) -> Mapping[str, float]:
         return {"reward": float(answer is not None and answer["content"] == "2"), "answered": float(answer is not None)}
 
+    def gold(self) -> Message:
+        return said("2")
+
     async def close(self) -> None:
         self.closed = True
 
@@ -87,6 +90,11 @@ def test_a_call_is_answered(call: tuple[str, dict[str, Any]], answer: str) -> No
     assert (last.reward, last.episode_done) == (1.0, True)
     errors = float(answer.startswith("error"))
     assert last.metrics == {"turns": 2, "tool_calls": 1, "invalid_calls": 0, "tool_errors": errors, "answered": 1}
+
+
+def test_gold_is_the_tasks() -> None:
+    env = ToolEnv(Division(), max_turns=4)
+    assert play(env, env.gold())[0].reward == 1.0
 
 
 def test_what_is_no_call_is_told_and_counted() -> None:

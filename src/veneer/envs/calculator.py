@@ -52,6 +52,9 @@ class CalculatorEnv:
         correct = float(final_answer(action) == self.problem.answer)
         return StepResult(correct, episode_done=True, metrics={"correct": correct, "called": float(self.calls > 0)})
 
+    def gold(self) -> Message:
+        return {"role": "assistant", "content": self.problem.answer}
+
 
 def calculator(seed: int = 0) -> ProblemDataset:
     """Products of two two-digit numbers, with a calculator at hand."""

@@ -55,6 +55,9 @@ class QuestionEnv:
         metrics = self.grade(action, self.problem.answer)
         return StepResult(metrics["correct"], episode_done=True, metrics=metrics)
 
+    def gold(self) -> Message:
+        return {"role": "assistant", "content": self.problem.answer}
+
 
 @dataclass(frozen=True)
 class ProblemDataset:

@@ -28,6 +28,10 @@ class Task(Protocol):
         """Metrics of the whole episode, ``reward`` among them. ``answer``: the turn that called nothing; None: there was none."""
         ...
 
+    def gold(self) -> Message:
+        """What a perfect policy says next."""
+        ...
+
 
 class ToolEnv:
     """Plays a task. A call that is no call, names no tool, has wrong arguments or cannot be answered is told to the model as an
@@ -70,6 +74,9 @@ class ToolEnv:
     def _counts(self) -> dict[str, float]:
         counts = {"turns": self.turns, "tool_calls": self.calls, "invalid_calls": self.invalid, "tool_errors": self.errors}
         return {name: float(count) for name, count in counts.items()}
+
+    def gold(self) -> Message:
+        return self.task.gold()
 
     async def close(self) -> None:
         if isinstance(self.task, Closable):
