@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.train.advantages import group_mean, is_constant
+from veneer.train.advantages import centred, is_constant
 from veneer.train.datums import supervised_datum, trajectory_to_data
 from veneer.types import Adapter, DataError, Datum, Sample, Trajectory, Transition
 
@@ -21,7 +21,7 @@ REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=16)
 @given(rewards=REWARDS)
 def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None:
     """A group's advantages that do not cancel push all of its answers up or down."""
-    advantages = group_mean(rewards)
+    advantages = centred(rewards)
     assert len(advantages) == len(rewards)
     assert abs(math.fsum(advantages)) < 1e-9 * max(1, max(map(abs, rewards))) * len(rewards)
     for i in range(len(rewards) - 1):
@@ -31,7 +31,7 @@ def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None
 
 def test_group_mean_does_not_rescale() -> None:
     """Dividing by the deviation would favour the groups that are nearly all right or all wrong."""
-    assert group_mean([1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
+    assert centred([1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
 
 
 @pytest.mark.parametrize(("rewards", "constant"), [([], True), ([1.0], True), ([0.5, 0.5], True), ([0.0, -0.0], True), ([0.0, 1.0], False)])
@@ -63,7 +63,7 @@ def check_row(datum: Datum, whole: Sequence[int], sampled: dict[int, float], adv
 
 def test_one_turn() -> None:
     """The one-token shift, by hand: the last prompt token predicts the first sampled one."""
-    (datum,) = trajectory_to_data(Trajectory([turn([5, 6, 7], [8, 9], [-0.5, -0.25])], 1.0), 0.75)
+    (datum,) = trajectory_to_data(Trajectory([turn([5, 6, 7], [8, 9], [-0.5, -0.25])], 1.0), [0.75])
     assert datum.tokens.tolist() == [5, 6, 7, 8]
     assert datum.targets.tolist() == [6, 7, 8, 9]
     assert datum.mask.tolist() == [0, 0, 1, 1]
@@ -87,7 +87,7 @@ def test_turns_that_extend_are_one_row(first: list[int], turns: list[tuple[list[
         whole += said
         end = len(whole)
         whole += answered
-    (datum,) = trajectory_to_data(Trajectory(transitions, 1.0), advantage)
+    (datum,) = trajectory_to_data(Trajectory(transitions, 1.0), [advantage] * len(transitions))
     check_row(datum, whole[:end], sampled, advantage)
     assert datum.mask.sum() == sum(len(said) for said, _ in turns)
 
@@ -99,7 +99,7 @@ def test_turns_that_do_not_extend_are_two_rows(first: list[int], said: list[int]
     changed = [*first, *said, *answered]
     changed[at % (len(first) + len(said))] = 95
     one, two = turn(first, said), turn(changed, again)
-    data = trajectory_to_data(Trajectory([one, two], 1.0), 0.5)
+    data = trajectory_to_data(Trajectory([one, two], 1.0), [0.5, 0.5])
     assert len(data) == 2
     check_row(data[0], first + said, {len(first) + i: float(p) for i, p in enumerate(one.sample.logprobs)}, 0.5)
     check_row(data[1], changed + again, {len(changed) + i: float(p) for i, p in enumerate(two.sample.logprobs)}, 0.5)
@@ -107,20 +107,20 @@ def test_turns_that_do_not_extend_are_two_rows(first: list[int], said: list[int]
 
 def test_a_shorter_prompt_is_a_new_row() -> None:
     """A history that was cut off does not extend."""
-    assert len(trajectory_to_data(Trajectory([turn([1, 2, 3], [4]), turn([1, 2], [5])], 1.0), 1.0)) == 2
+    assert len(trajectory_to_data(Trajectory([turn([1, 2, 3], [4]), turn([1, 2], [5])], 1.0), [1.0, 1.0])) == 2
 
 
 def test_versions_do_not_share_a_row() -> None:
     """A row names one version of one adapter; a turn of another must not hide in it."""
     newer = Adapter("a", 2, "e" * 64, "base", "b" * 64)
-    data = trajectory_to_data(Trajectory([turn([1], [2]), turn([1, 2, 3], [4], adapter=newer)], 1.0), 1.0)
+    data = trajectory_to_data(Trajectory([turn([1], [2]), turn([1, 2, 3], [4], adapter=newer)], 1.0), [1.0, 1.0])
     assert [d.adapter for d in data] == [ADAPTER, newer]
     assert [d.mask.sum() for d in data] == [1, 1]
 
 
 def test_no_turns_no_data() -> None:
     """An episode that never began has nothing to train."""
-    assert trajectory_to_data(Trajectory([], 0.0), 1.0) == []
+    assert trajectory_to_data(Trajectory([], 0.0), []) == []
 
 
 @given(prompt=TOKENS, answer=TOKENS)

@@ -157,8 +157,8 @@ def test_samples_of_another_adapter_are_refused(tmp_path: Path, monkeypatch: pyt
     session = start(tmp_path)
     to_data = rl.trajectory_to_data
 
-    def forged(trajectory: Any, advantage: float) -> list[Any]:
-        data = to_data(trajectory, advantage)
+    def forged(trajectory: Any, advantages_T: list[float]) -> list[Any]:
+        data = to_data(trajectory, advantages_T)
         for datum in data:
             object.__setattr__(datum.adapter, "digest", "0" * 64)
         return data

@@ -87,8 +87,8 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
             datum
             for group, advantages_G in zip(groups_P, advantages_P, strict=True)
             if advantages_G is not None
-            for trajectory, advantage in zip((t for t in group.trajectories_G if t.error is None), advantages_G, strict=True)
-            for datum in trajectory_to_data(trajectory, advantage / episodes)
+            for trajectory, advantages_T in zip((t for t in group.trajectories_G if t.error is None), advantages_G, strict=True)
+            for datum in trajectory_to_data(trajectory, [advantage / episodes for advantage in advantages_T])
         ]
         metrics = {"step": step, **rollout_metrics(groups_P)}
         if data:
@@ -101,7 +101,8 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
         metrics |= {"optim/lr": rl.learning_rate, "adapter/version": published.version, "adapter/digest": published.digest}
         trained = time.perf_counter()
 
-        session.run.save_rollouts(step, groups_P, advantages_P)
+        told = [None if advantages_G is None else [advantages_T[0] for advantages_T in advantages_G] for advantages_G in advantages_P]
+        session.run.save_rollouts(step, groups_P, told)
         history.append(metrics)
         stopped = why_stop(history, rl.max_useless_steps)
         last = step == rl.steps or stopped is not None
