@@ -46,7 +46,7 @@ def command(
     from veneer.cli.assemble import pinned, score_of, start_for
     from veneer.store.registry import Registry, is_path
     from veneer.train.evaluate import Evaluation, evaluate
-    from veneer.train.rl import check_failures
+    from veneer.train.metrics import check_failures
     from veneer.train.rollouts import Policy, closing
     from veneer.types import SamplingParams
 

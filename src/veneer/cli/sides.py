@@ -32,7 +32,7 @@ from veneer.store.adapters import write_adapter
 from veneer.store.registry import Registry, is_path
 from veneer.train.datums import trajectory_to_data
 from veneer.train.evaluate import evaluate
-from veneer.train.rl import check_failures
+from veneer.train.metrics import check_failures
 from veneer.train.rollouts import Policy, derive_seed
 from veneer.types import (
     AdapterError,
