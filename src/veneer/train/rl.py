@@ -14,6 +14,7 @@ Everything else is a choice in ``docs/algorithms.md``: a function in a table, pi
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -72,12 +73,14 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
             started = time.perf_counter()
             groups_P = await supply.groups(step, played=sum(m["groups"] for m in history if m["step"] > 0))
             check_failures(groups_P, config.env.max_failed_share)
-            _check_origin(groups_P, recent)
+            lags = _check_origin(groups_P, recent)
             sampled = time.perf_counter()
 
             graded_P = punish_overlong(groups_P, rl.max_tokens, rl.soft_overlong) if rl.soft_overlong else groups_P
             advantages_P = compute_advantages(graded_P, rl.advantage, rl.advantage_config)
             metrics = {"step": step, **rollout_metrics(groups_P), "groups/dropped": advantages_P.count(None)}
+            if rl.max_lag:
+                metrics |= {"lag/mean": statistics.fmean(lags or [0]), "lag/max": max(lags, default=0)}
             metrics |= await learn(session, graded_P, advantages_P, step, published)
             if "optim/grad_norm" in metrics:
                 published = await session.publish_changed(published)
@@ -124,8 +127,12 @@ async def _held_out(session: Session, policy: Policy, dataset: EnvDataset, step:
     return held_out.metrics()
 
 
-def _check_origin(groups_P: Sequence[TrajectoryGroup], recent: Sequence[Adapter]) -> None:
-    """Every turn must have been drawn from one of the versions that were published last."""
+def _check_origin(groups_P: Sequence[TrajectoryGroup], recent: Sequence[Adapter]) -> list[int]:
+    """How many steps each turn is behind the newest version. Every turn must have been drawn from one of the versions published last."""
+    lags: list[int] = []
     for sample in (turn.sample for group in groups_P for t in group.trajectories_G for turn in t.transitions):
-        promised = next((adapter for adapter in recent if adapter == sample.adapter), recent[-1])
+        lag = next((lag for lag, adapter in enumerate(reversed(recent)) if adapter == sample.adapter), 0)
+        promised = recent[-1 - lag]
         check_drawn([sample], promised.digest, promised.base_digest)
+        lags.append(lag)
+    return lags
