@@ -89,9 +89,9 @@ def pass_at_k(groups: Sequence[Group], settings: Settings) -> list[list[list[flo
 
     A_i = n / C(n, k) * sum over sets I of k members with i in it of (max_I r - max_{I without i} r): an unbiased estimate of the
     gradient of E[max of k rewards], with a baseline (https://arxiv.org/abs/2505.15201, "leave-one-out minus one"). For rewards 0 and 1
-    this is pass@k: with c right, a right member has n C(n - c, k - 1) / C(n, k) and a wrong one 0. Never negative. Where more than
-    n - k are right, every set holds a right one and there is nothing to gain. k = 1, which has no others to compare with, is ``rloo``.
-    A group in which fewer than k finished takes them all as its sets."""
+    this is pass@k: with c right, a right member has n C(n - c, k - 1) / C(n, k) and a wrong one 0. Never negative. Where fewer than k - 1
+    are wrong, any others hold a right one, and there is nothing to gain. k = 1, which has no others to compare with, is ``rloo``. Of a
+    group in which fewer than k finished all are one set."""
     k = int(settings["k"])
     if k != settings["k"] or k < 1:
         raise RequestError(f"advantage 'pass_at_k': setting 'k' must be a whole number from 1, and is {settings['k']:g}")
