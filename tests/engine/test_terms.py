@@ -20,7 +20,7 @@ from tiny_models import random_model
 from veneer.engine import logprobs as logprobs_module
 from veneer.engine.logprobs import target_logprobs, target_logprobs_and_entropies
 from veneer.engine.losses import LOSSES, LossInputs, Terms, add_terms, kl_estimate, resolve_terms
-from veneer.types import DataError, Datum, LoraConfig, RequestError
+from veneer.types import AdamParams, DataError, Datum, LoraConfig, RequestError
 
 POLICY = tuple(name for name in LOSSES if name != "cross_entropy")
 BOTH = {"kl_coef": 0.3, "kl_estimator": 3, "entropy_coef": 0.2}
@@ -284,8 +284,6 @@ def test_a_request_keeps_its_bits_beside_one_that_asks_for_entropies(monkeypatch
 
 def test_the_bonus_raises_entropy_and_the_penalty_brings_the_base_back() -> None:
     """The signs, end to end: a few steps with no advantage at all."""
-    from veneer.types import AdamParams
-
     for config, key in (({"entropy_coef": 1.0}, "entropy:mean"), ({"kl_coef": 1.0, "kl_estimator": 2}, "kl_base:mean")):
         engine = lora_engine()
         add_random_adapter(engine, "x", LoraConfig(rank=4, alpha=8), seed=1)

@@ -31,7 +31,8 @@ def target_logprobs_and_entropies(hidden: Tensor, targets: Tensor, head: Head, s
 
 
 def _run(hidden: Tensor, targets: Tensor, head: Head, start: int, of_chunk: OfChunk, *, entropy: bool) -> tuple[Tensor, ...]:
-    rows = max(TILE, LOGITS_AT_ONCE[hidden.device.type] // head.vocab_size)
+    copies = 3 if entropy else 1  # log p, and two of its size beside it
+    rows = max(TILE, LOGITS_AT_ONCE[hidden.device.type] // (copies * head.vocab_size))
     if torch.is_grad_enabled() and head.frozen_weight is not None:
         frozen = _Frozen if targets.ndim == 1 else _FrozenMany
         return cast(tuple[Tensor, ...], frozen.apply(hidden, targets, head, start, rows, entropy))

@@ -55,12 +55,12 @@ def leave_one_out(rewards_G: Sequence[float], weights_G: Sequence[float]) -> lis
 
 
 def group_mean(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]:
-    """r_i - mean(r), no division by the standard deviation (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.2)."""
+    """r_i - mean(r), no division by the standard deviation (Dr. GRPO, https://arxiv.org/abs/2503.20783)."""
     return [_spread(group, centred(_rewards(group))) for group in groups]
 
 
 def grpo(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]:
-    """(r_i - mean(r)) / (std(r) + 1e-4) (https://arxiv.org/abs/2402.03300, section 4.1.2). The deviation has n - 1 below its sum, as in
+    """(r_i - mean(r)) / (std(r) + 1e-4) (https://arxiv.org/abs/2402.03300). The deviation has n - 1 below its sum, as in
     TRL's ``GRPOTrainer`` with ``scale_rewards="group"`` and in verl; the paper does not say."""
 
     def scaled(rewards_G: Sequence[float]) -> list[float]:
@@ -70,7 +70,7 @@ def grpo(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]
 
 
 def rloo(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]:
-    """r_i less the mean of the others: n / (n - 1) times ``group_mean`` (https://arxiv.org/abs/2402.14740, equation 6). Unbiased."""
+    """r_i less the mean of the others: n / (n - 1) times ``group_mean`` (https://arxiv.org/abs/2402.14740). Unbiased."""
     return [_spread(group, leave_one_out(_rewards(group), [1.0] * len(group))) for group in groups]
 
 
@@ -78,7 +78,7 @@ def rloo_length(groups: Sequence[Group], settings: Settings) -> list[list[list[f
     """r_i less the mean of the others weighted by their lengths: r_i - sum_{j != i} l_j r_j / sum_{j != i} l_j, l the sampled tokens.
 
     The gradient of a whole episode's log-probability has a variance that grows with its length, so the baseline of least variance is
-    E[l r] / E[l] rather than E[r] (OPO, https://arxiv.org/abs/2505.23585, section 3). OPO counts the member itself; leaving it out
+    E[l r] / E[l] rather than E[r] (OPO, https://arxiv.org/abs/2505.23585). OPO counts the member itself; leaving it out
     keeps the estimate unbiased, as prime-rl does with ``length_weighted_mean`` and ``leave_one_out``. What a token adds to the loss is
     not divided by a length here: that is ``normalise = "sequence_mean"``."""
     return [_spread(group, leave_one_out(_rewards(group), [float(max(1, tokens_of(t))) for t in group])) for group in groups]
@@ -89,9 +89,9 @@ def pass_at_k(groups: Sequence[Group], settings: Settings) -> list[list[list[flo
 
     A_i = n / C(n, k) * sum over sets I of k members with i in it of (max_I r - max_{I without i} r): an unbiased estimate of the
     gradient of E[max of k rewards], with a baseline (https://arxiv.org/abs/2505.15201, "leave-one-out minus one"). For rewards 0 and 1
-    this is pass@k: with c right, a right member has n C(n - c, k - 1) / C(n, k) and a wrong one 0. Never negative. Where more than
-    n - k are right, every set holds a right one and there is nothing to gain. k = 1, which has no others to compare with, is ``rloo``.
-    A group in which fewer than k finished takes them all as its sets."""
+    this is pass@k: with c right, a right member has n C(n - c, k - 1) / C(n, k) and a wrong one 0. Never negative. Where fewer than k - 1
+    are wrong, any others hold a right one, and there is nothing to gain. k = 1, which has no others to compare with, is ``rloo``. Of a
+    group in which fewer than k finished all are one set."""
     k = int(settings["k"])
     if k != settings["k"] or k < 1:
         raise RequestError(f"advantage 'pass_at_k': setting 'k' must be a whole number from 1, and is {settings['k']:g}")
@@ -116,7 +116,7 @@ def _best_of(rewards_G: Sequence[float], k: int) -> list[float]:
 
 
 def reinforce_plus_plus(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]:
-    """(r - mean) / std over the whole batch, no group (https://arxiv.org/abs/2501.03262, section 3). Mean and variance are over sampled
+    """(r - mean) / std over the whole batch, no group (https://arxiv.org/abs/2501.03262). Mean and variance are over sampled
     tokens, of which a longer episode has more, with the count below the sum and a variance of at least 1e-8, as in OpenRLHF; verl has
     the count less one. The paper's KL term is the penalty in the reward with discount 1."""
     return whitened(groups, [_rewards(group) for group in groups])
@@ -148,8 +148,8 @@ def turn(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]
     of the group that have a turn t. What the group's grader added counts at the last turn. A turn that only one member has is compared
     with nothing and gets 0. With discount 1, a reward at the end alone and as many turns in all members this is ``group_mean``.
 
-    Reward-to-go with a baseline for every time is Williams's (https://doi.org/10.1007/BF00992696); over groups of agents' episodes it is
-    the credit of turns in https://arxiv.org/abs/2505.11821."""
+    REINFORCE with a baseline for each time (Sutton and Barto, http://incompleteideas.net/book/the-book-2nd.html, section 13.4), over
+    groups as in GRPO. Credit by turns for agents that call tools: https://arxiv.org/abs/2505.11821, whose own estimate is another."""
     discount = settings["discount"]
     if not 0 <= discount <= 1:
         raise RequestError(f"advantage 'turn': setting 'discount' must be from 0 to 1, and is {discount:g}")

@@ -103,9 +103,10 @@ def _with(datum: Datum, old: Floats, weights: Doubles) -> Datum:
 def _metrics(
     rows: Sequence[tuple[Doubles, Doubles]], ratios: Sequence[Doubles], weights: Sequence[Doubles], bounds: Settings, level: str
 ) -> dict[str, float]:
-    olds, qs, ratio, weight = (np.concatenate(x) if rows else np.empty(0) for x in (*zip(*rows, strict=True), ratios, weights))
-    if not len(olds):
+    if not any(len(old) for old, _ in rows):
         return {}
+    olds, qs = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    ratio, weight = np.concatenate(ratios), np.concatenate(weights)
     judged = ratio if level == "token" else np.array([one[0] for one in ratios if len(one)])
     out = (judged < bounds["low"]) | (judged > bounds["high"])
     kl = {f"kl_sample_train_v{k}": float(estimate(qs, olds).mean()) for k, estimate in ESTIMATORS.items()}

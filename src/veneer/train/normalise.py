@@ -20,7 +20,7 @@ class Batch:
     tokens: int
     """Of all episodes that train."""
     max_tokens: int
-    """The most that an episode may sample."""
+    """The limit of a turn: a constant of the run."""
 
 
 Normalisation = Callable[[int, Batch], float]
@@ -44,7 +44,7 @@ def token_mean(tokens: int, batch: Batch) -> float:
 
 
 def max_tokens(tokens: int, batch: Batch) -> float:
-    """1 / (episodes * max_tokens): Dr. GRPO (https://arxiv.org/abs/2503.20783, appendix A), TRL's ``loss_type="dr_grpo"``."""
+    """1 / (episodes * max_tokens): Dr. GRPO (https://arxiv.org/abs/2503.20783), TRL's ``loss_type="dr_grpo"``."""
     return 1 / (batch.episodes * batch.max_tokens)
 
 
@@ -72,6 +72,6 @@ def normalise(
     """
     function, _ = resolve("normalisation", NORMALISATIONS, name, None)
     counts = [sum(int(np.count_nonzero(datum.mask)) for datum in data_D) for data_D in data_ED]
-    batch = Batch(episodes, max(1, sum(counts)) if tokens is None else tokens, max_tokens)
+    batch = Batch(episodes, max(1, sum(counts) if tokens is None else tokens), max_tokens)
     factors = [np.float32(function(max(1, count), batch)) for count in counts]
     return [[replace(datum, mask=datum.mask * factor) for datum in data_D] for data_D, factor in zip(data_ED, factors, strict=True)]
