@@ -13,6 +13,7 @@ from test_trl import EQUAL
 from veneer.engine import LOSSES
 from veneer.engine.losses import Terms, resolve_loss, resolve_terms
 from veneer.train.advantages import ADVANTAGES, resolve_advantage
+from veneer.train.config import make_config
 from veneer.train.corrections import CORRECTIONS
 from veneer.train.normalise import NORMALISATIONS
 
@@ -61,7 +62,7 @@ def test_recipes_resolve(name: str) -> None:
     terms = resolve_terms(loss, {key: rl.pop(key) for key in ("kl_coef", "kl_estimator") if key in rl})
     assert (terms != Terms()) == ("kl_in" in rl)
     assert rl.pop("normalise") in NORMALISATIONS
-    assert set(rl) <= {"mask_truncated", "kl_in"}
+    assert make_config({"rl": RECIPES[name]}).rl.model_dump(include=set(RECIPES[name])) == RECIPES[name]
 
 
 def test_recipes_are_what_is_proved_beside_trl() -> None:

@@ -78,6 +78,8 @@ class RlSettings(Settings):
     """Whether the KL is a term of the loss or taken from each token's advantage."""
     kl_estimator: Literal[1, 2, 3] = 3
     """Schulman's k1, k2 or k3."""
+    kl_discount: float = Field(default=0.0, ge=0, le=1)
+    """In the reward: 0 charges each token for its own KL, 1 for all that follows too (REINFORCE++)."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy of the next token, as a bonus."""
     correction: Literal["none", "truncated", "masked"] = "none"

@@ -62,7 +62,9 @@ async def learn(session: Session, groups_P: Sequence[TrajectoryGroup], advantage
             if first and rl.correction == "none":
                 _check_fresh(batch, output.logprobs_D, published, engine.dtype, step)
             if first:  # of later ones the samples are older than the weights
-                told = {f"optim/{name.partition(':')[0]}": value for name, value in output.metrics.items()}
+                told = {f"optim/{name.partition(':')[0]}": value for name, value in output.metrics.items() if name != "entropy:mean"}
+                if rl.entropy_coef:
+                    told["optim/entropy_full"] = output.metrics["entropy:mean"]
                 metrics = {**told, **metrics, "optim/grad_norm": norm}
             first = False
     return metrics
@@ -74,7 +76,7 @@ async def _prepare(session: Session, data: list[Datum], step: int, published: Ad
     old = engine.forward(session.adapter, data, "cross_entropy") if rl.correction != "none" else None
     base = engine.forward(None, data, "cross_entropy") if rl.kl_coef else None
     if base is not None and rl.kl_in == "reward":
-        data, told = kl_penalty(data, (await base).logprobs_D, rl.kl_coef, rl.kl_estimator)
+        data, told = kl_penalty(data, (await base).logprobs_D, rl.kl_coef, rl.kl_estimator, rl.kl_discount)
         metrics |= told
     elif base is not None:
         data = [_with_reference(d, lp) for d, lp in zip(data, (await base).logprobs_D, strict=True)]

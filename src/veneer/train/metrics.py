@@ -39,9 +39,9 @@ def rollout_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
 
 
 def why_stop(history: Sequence[Metrics], patience: int) -> str | None:
-    """In words, why nothing can be learned any more: the last ``patience`` steps had no group with two different rewards."""
+    """In words, why nothing can be learned any more: the last ``patience`` steps had no group with a signal."""
     tail = [m for m in history if m["step"] > 0][-patience:]
-    if len(tail) < patience or any(m["by_group/frac_mixed"] > 0 for m in tail):
+    if len(tail) < patience or any(m["groups/dropped"] < m["groups"] for m in tail):
         return None
     good = statistics.fmean(m["by_group/frac_all_good"] for m in tail)
     if good > 0.5:
