@@ -45,10 +45,11 @@ class Business:
     def rules(self) -> str:
         """The same for all problems of one size."""
         arrives = "tomorrow" if self.market.lead else "at once"
-        spoils = f" Of what is left one in {self.market.spoil} spoils overnight." if self.market.spoil else ""
+        spoils = f" One in {self.market.spoil} of what is left spoils overnight, rounded up." if self.market.spoil else ""
         return (
-            f"Run a shop for profit, a call a day. Orders arrive {arrives} and cost as many times the cost. "
-            f"Customers buy one each if the price is not above what they will pay.{spoils} Below 0 cash it closes."
+            f"Run a shop for profit, a call a day. An order arrives {arrives} and costs the cost for each unit. "
+            f"Every customer buys a unit if the price is at most what he will pay, any amount alike.{spoils} "
+            "Rent is due every evening; below 0 cash the shop closes. Stock is worth nothing in the end."
         )
 
     @cached_property
@@ -150,14 +151,13 @@ class Size:
 def generate(rng: random.Random, size: Size) -> Business:
     """A business that pays: an oracle expects at least a unit of cash a day, and has no bad luck with these customers."""
     while True:
-        cost = rng.randint(1, max(1, size.most // 2))
-        market = Market(
-            size.days, cost, rng.randint((size.most + 1) // 2, size.most), rng.randint(cost + 1, size.most), size.most, size.spoil, size.lead
-        )
+        cost, customers = rng.randint(1, size.most // 2), rng.randint((size.most + 1) // 2, size.most)
+        top = rng.randint(cost + size.most // 3, size.most)
+        market = Market(size.days, cost, customers, top, size.most, size.spoil, size.lead)
         expected = float(solve(market).value[0, 0])
         rent = int(RENT * expected / size.days)
-        cash = rng.randint(2, 4) * cost * market.customers
-        wishes = tuple(tuple(rng.randint(1, market.top) for _ in range(market.customers)) for _ in range(size.days))
+        cash = rng.randint(2 * cost * customers, 4 * cost * customers)
+        wishes = tuple(tuple(rng.randint(1, top) for _ in range(customers)) for _ in range(size.days))
         business = Business(market, rent, cash, wishes, size.known)
         left = expected - rent * size.days
         if expected >= 2 * size.days and business.oracle.cash >= 0 and business.oracle.profit >= POOR * left:
