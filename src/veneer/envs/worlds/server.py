@@ -20,7 +20,7 @@ from veneer.types import RunError, Split
 
 HOST = "127.0.0.1"
 PATH = re.compile(r"/(train|eval)/(\d{1,20})/(search|page/([^/]+))")
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 2.0
 """A connection that says nothing is hung up on."""
 
 

@@ -64,7 +64,8 @@ class Site:
 
     @property
     def definition(self) -> str:
-        return repr((self.question, tuple(self.pages.values())))
+        texts = (f"{page.title}: {'; '.join(f'{fact.text} {fact.link}' for fact in page.facts)}" for page in self.pages.values())
+        return "\n".join((self.question, *texts))
 
     def search(self, query: str) -> list[str]:
         """Titles of pages that have every word of the query."""
@@ -82,14 +83,16 @@ def generate(rng: random.Random, hops: int, entities: int, facts: int) -> Site:
         for i, title in enumerate(names[kind]):
             lines = [Fact(looks[i])] if kind == "item" else []
             lines += [Fact(name, to[i]) for name, to in targets.items()]
-            lines += [Fact(f"{name} {rng.choice(NAMES)}") for name in rng.sample(NUMBERS, facts)]
+            if facts:
+                lines += [Fact(f"{name} {rng.choice(NAMES)}") for name in rng.sample(NUMBERS, facts)]
             pages.append(Page(title, tuple(lines)))
     rng.shuffle(pages)
     by_title = {page.title: page for page in pages}
     while True:
         at = rng.randrange(entities)
         relations, chain = _walk(rng, by_title, names["item"][at], hops)
-        if len(set(chain)) == len(chain) and _shares_words(looks, at):
+        shown = {fact.link for title in chain[:-2] for fact in by_title[title].facts}
+        if len(set(chain)) == len(chain) and chain[-1] not in shown and _shares_words(looks, at):
             return Site(by_title, looks[at], relations, chain[:-1], chain[-1])
 
 
