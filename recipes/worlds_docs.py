@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nano_worlds import CAREFUL, CARELESS, WORLDS, Offer, Policy, Script, Shown, call, careless_browse, links, play, said, seen
-
+from nano_worlds import CAREFUL, CARELESS, WORLDS, Offer, Policy, Script, Shown, call, careless_browse, play, said, seen
 from veneer.measure.intervals import mean_interval, wilson
 from veneer.types import Message
 
 TARGET = Path(__file__).parents[1] / "docs/worlds.md"
-PROBLEMS = 200
+PROBLEMS = 100
 Numbers = dict[str, list[float]]
 """Metrics of a policy's episodes, the reward among them."""
 
@@ -91,9 +90,7 @@ POLICIES: dict[str, dict[str, Policy | None]] = {
         "a good price, 9 units": partial(every_day, lambda o: (o.good_price(), 9)),
         "careless": CARELESS["shop"],
         "price 5, order 3, whatever the market": partial(every_day, lambda _: (5, 3)),
-        "a good price, as many units as buyers on average": partial(
-            every_day, lambda o: (o.good_price(), round(o.buyers(o.good_price())))
-        ),
+        "a good price, as many units as buyers on average": partial(every_day, lambda o: (o.good_price(), round(o.buyers(o.good_price())))),
         "a good price, stock filled up to that many": partial(fill_up, 0),
         "a good price, stock filled up to one more": partial(fill_up, 1),
         "careful, with slips": CAREFUL["shop"],
@@ -147,6 +144,10 @@ def score(values: list[float]) -> str:
     return f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
 
 
+def quoted(name: str) -> str:
+    return f"`{name}`"
+
+
 def mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.1f}"
 
@@ -188,7 +189,10 @@ async def world(name: str) -> list[str]:
     lines = [
         *(f"## {name}", "", inspect.cleandoc(TEXTS[name]), ""),
         *("| tool | what the model is told | arguments |", "|---|---|---|"),
-        *(f"| `{t['name']}` | {t['description']} | {', '.join(f'`{a}`' for a in t['parameters']['properties']) or 'none'} |" for t in tools),
+        *(
+            f"| `{t['name']}` | {t['description']} | {', '.join(f'`{a}`' for a in t['parameters']['properties']) or 'none'} |"
+            for t in tools
+        ),
         *("", f"Arguments: {defaults}.", "", "Training problem 0, as gold plays it:", "", episode(messages, 12), ""),
         *(f"Scripted policies on {PROBLEMS} held-out problems, with 95% intervals:", "", *(await table(name, dataset)), ""),
     ]
@@ -199,47 +203,52 @@ async def world(name: str) -> list[str]:
 
 TEXTS = {
     "browse": """
-        A question about a website of made-up things, firms, people and towns. The item in question is searched for by how it looks, and
-        from its page a fact names the next page, `hops` pages in all. Every name is a kind and a number, and every kind of fact is one
-        to one, so that neither guessing nor a wrong page gives the answer.
+        A question about a website of made-up things, firms, people and towns. The item in question is searched for by how it
+        looks, and from its page a fact names the next page, `hops` pages in all. Every name is a kind and a number, and every
+        kind of fact is one to one, so that neither guessing nor a wrong page gives the answer.
 
-        The site is real: an HTTP server on 127.0.0.1 that starts with the first episode and stops when the dataset is closed. Every problem
-        has a folder of its own, `/SPLIT/INDEX/`, in which its tools stay; titles are quoted, and no path reaches a file. `latency` is
-        the seconds that every answer waits, for loops that sample while tools work; `facts` puts numbers on every page that lead nowhere.
+        The site is real: an HTTP server on 127.0.0.1 that starts with the first episode and stops when the dataset is closed.
+        Every problem has a folder of its own, `/SPLIT/INDEX/`, in which its tools stay; titles are quoted, and no path reaches a
+        file. `latency` is the seconds that every answer waits, for loops that sample while tools work; `facts` puts numbers on
+        every page that lead nowhere.
 
-        Reward: 1 for the answer itself, 0 for anything else. Metrics: `hops` (pages of the chain that were read), `pages` (pages read),
-        `unread` (it answered before it had read the chain).
+        Reward: 1 for the answer itself, 0 for anything else. Metrics: `hops` (pages of the chain that were read), `pages` (pages
+        read), `unread` (it answered before it had read the chain).
     """,
     "workflow": """
-        A plan: goals with the time when they are due; tasks with the time they take and the tasks they come after; spares, which do
-        another task's work. One task runs at a time. Some fail when they are run first and work when they are retried, some are broken and their
-        spare has to be run; which, shows only when they run. What is refused (a task whose needs are not done, one that is done
-        before, a retry of what did not fail) costs a unit of time. `extra` tasks lead nowhere and cost time.
+        A plan: goals with the time when they are due; tasks with the time they take and the tasks they come after; spares, which
+        do another task's work. One task runs at a time. Some fail when they are run first and work when they are retried, some
+        are broken and their spare has to be run; which, shows only when they run. What is refused (a task whose needs are not
+        done, one that is done before, a retry of what did not fail) costs a unit of time. `extra` tasks lead nowhere and cost
+        time.
 
-        A goal is due `slack` after the time at which a policy is done that runs what is needed and nothing else, the earliest goal first, what
-        fails included. So whoever works the order out and sees to what fails is always in time, and any task that need not
-        be run is too much. The episode ends when every goal is done or too late.
+        A goal is due `slack` after the time at which a policy is done that runs what is needed and nothing else, the earliest
+        goal first, what fails included. So whoever works the order out and sees to what fails is always in time, and any task
+        that need not be run is too much. The episode ends when every goal is done or too late.
 
         Reward: 1 if the validator finds in the log of what ran that every required task was done after those it needs and before
-        the first goal that needs it is due, and 0 otherwise; with `partial_credit` the share of required tasks of which that is true.
-        Metrics: `required_done` (that share), `refused`, `needless` (tasks run that lead nowhere), `gave_up` (it said that it was done and was not).
+        the first goal that needs it is due, and 0 otherwise; with `partial_credit` the share of required tasks of which that is
+        true. Metrics: `required_done` (that share), `refused`, `needless` (tasks run that lead nowhere), `gave_up` (it said that
+        it was done and was not).
     """,
     "shop": """
-        A shop for `days` days. Every call sets a price and an order and plays a day: the order arrives (`lead=1`: the next morning), each
-        customer buys a unit if the price is at most what he will pay, one in `spoil` of what is left spoils, rounded up, and the rent is
-        paid. Below 0 cash the shop closes. What each customer will pay is 1 to a top, all amounts alike. Cost, rent, customers, top
-        and cash differ from problem to problem; prices, orders and customers go up to `most`. With `known=False` the prompt keeps
-        customers and top for itself.
+        A shop for `days` days. Every call sets a price and an order and plays a day: the order arrives (`lead=1`: the next
+        morning), each customer buys a unit if the price is at most what he will pay, one in `spoil` of the units left spoils,
+        rounded down, and the rent is paid. Below 0 cash the shop closes; the rent of all days is owed, so closing early saves
+        nothing. What each customer will pay is 1 to a top, all amounts alike. Cost, rent, customers, top and cash differ from
+        problem to problem; prices, orders and customers go up to `most`. With `known=False` the prompt keeps customers and top
+        for itself.
 
         Reward: profit / the oracle's profit on the same customers, cut to [0, 1]. The oracle is the policy with the best expected
-        profit, computed exactly by dynamic programming over the days and the stock, for the same prices and orders that the tool takes. It knows how
-        likely a customer pays what, and never who will come. Gold plays it and earns exactly 1. On lucky
-        days another policy may earn more than the oracle did; the cut keeps its reward at 1. Half of what the oracle expects to
-        earn goes into rent, so that profit tells the careful from the careless. Customers who leave the oracle with less than half of
-        its expectation, or bankrupt, are drawn anew, so that there is a profit to compare with.
+        profit, computed exactly by dynamic programming over the days and the stock, for the same prices and orders that the tool
+        takes. It knows how likely a customer pays what, and never who will come; it is never short of cash, so no policy earns
+        more in expectation. Gold plays it and earns exactly 1. On lucky days another policy may earn more than the oracle did;
+        the cut keeps its reward at 1. Half of what the oracle expects to earn goes into rent, so that profit tells the careful
+        from the careless. Customers who leave the oracle with less than half of its expectation, or bankrupt, are drawn anew, so
+        that there is a profit to compare with.
 
-        Metrics: `profit`, `oracle_profit`, `regret` (their difference), `days`, `stockouts` (days on which somebody left without), `spoiled`
-        (units), `bankrupt`.
+        Metrics: `profit`, `oracle_profit`, `regret` (their difference), `days`, `stockouts` (days on which somebody left
+        without), `spoiled` (units), `bankrupt`.
     """,
 }
 
@@ -252,8 +261,9 @@ async def page() -> str:
         "shop. Defaults are small enough for a base of a million parameters; larger arguments make them harder for larger",
         "models: `veneer train my.toml --set env.name=browse --set env.args.hops=4`. The code is in `src/veneer/envs/worlds/`.",
         "",
-        "The same seed, split and index give the same problem, and no problem is in both splits: sites by all their pages, plans and shops",
-        "by what is shown of them. Scripted policies and demonstrations are in `recipes/nano_worlds.py`. Written by `recipes/worlds_docs.py`.",
+        "The same seed, split and index give the same problem, and no problem is in both splits: sites by all their pages, plans",
+        "and shops by what is shown of them. Scripted policies and demonstrations are in `recipes/nano_worlds.py`. Written by",
+        "`recipes/worlds_docs.py`.",
         "",
     ]
     for name in WORLDS:

@@ -45,7 +45,10 @@ def base(dataset: Browse) -> str:
     return f"http://127.0.0.1:{dataset.serve()}"
 
 
-@pytest.mark.parametrize("size", [{}, {"hops": 3}, {"hops": 4, "entities": 20}, {"entities": 4, "facts": 12}, {"hops": 4, "entities": 60}, {"hops": 4, "entities": 4}])
+@pytest.mark.parametrize(
+    "size",
+    [{}, {"hops": 3}, {"hops": 4, "entities": 20}, {"entities": 4, "facts": 12}, {"hops": 4, "entities": 60}, {"hops": 4, "entities": 4}],
+)
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_gold_earns_one_and_reads_every_page(size: dict[str, int], split: Split) -> None:
     """A site on which the answer cannot be found punishes good policies."""
@@ -108,7 +111,9 @@ def test_problems_repeat_and_splits_are_disjoint(sites: Browse) -> None:
     train = [sites.site("train", index).definition for index in range(150)]
     again, other = browse(), browse(seed=1)
     assert train == [again.site("train", index).definition for index in range(150)]
-    held_out = {sites.site("eval", index).definition for index in range(150)} | {other.site("eval", index).definition for index in range(150)}
+    held_out = {sites.site("eval", index).definition for index in range(150)} | {
+        other.site("eval", index).definition for index in range(150)
+    }
     assert not set(train) & held_out
     assert len(set(train)) == 150
     assert other.site("train", 0).definition != train[0]
@@ -134,8 +139,11 @@ def test_another_client_finds_the_answer_by_following_links(sites: Browse) -> No
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/train", "/train/0", "/train/0/", "/train/0/page/", "/train/0/page/item0", "/test/0/search?q=red", "/train/-1/search", "/train/x/search"]
-    + ["/train/0/page/..%2f..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "//etc/passwd", "/train/0/page/a/b", "/train/" + "9" * 30 + "/search"],
+    [
+        *("/", "/train", "/train/0", "/train/0/", "/train/0/page/", "/train/0/page/item0", "/test/0/search?q=red"),
+        *("/train/-1/search", "/train/x/search", "/train/0/page/..%2f..%2f..%2fetc%2fpasswd", "/../../etc/passwd"),
+        *("//etc/passwd", "/train/0/page/a/b", f"/train/{'9' * 30}/search"),
+    ],
 )
 def test_what_is_not_there_is_404(sites: Browse, path: str) -> None:
     """A path from outside names a page that was made, or nothing."""
@@ -230,8 +238,10 @@ def test_tools(sites: Browse) -> None:
 
 @pytest.mark.parametrize(
     "title",
-    ["", ".", "..", "../page/{0}", "/train/0/page/{0}", "{0}/", "{0}?", "{0}#x", "%2e%2e/{0}", "../../1/page/{1}", "/train/1/page/{1}"]
-    + ["http://127.0.0.1:{2}/train/1/page/{1}", "\r\nHost: x", "\x00", "\ud800", "ü", "x" * 100_000, "{1}"],
+    [
+        *("", ".", "..", "../page/{0}", "/train/0/page/{0}", "{0}/", "{0}?", "{0}#x", "%2e%2e/{0}", "../../1/page/{1}"),
+        *("/train/1/page/{1}", "http://127.0.0.1:{2}/train/1/page/{1}", "\r\nHost: x", "\x00", "\ud800", "ü", "x" * 100_000, "{1}"),
+    ],
 )
 def test_a_title_leads_nowhere_else(sites: Browse, title: str) -> None:
     """The model writes titles; none of them reads another problem's page, or anything but a page."""
@@ -266,10 +276,14 @@ def test_score(sites: Browse) -> None:
     asyncio.run(main())
 
 
+def calls(tool: str, name: str, texts: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({"name": st.just(tool), "arguments": st.fixed_dictionaries({name: st.text() | texts})})
+
+
 CALLS = st.one_of(
-    st.fixed_dictionaries({"name": st.just("search"), "arguments": st.fixed_dictionaries({"query": st.text() | st.sampled_from(["red", "lamp", "firm"])})}),
-    st.fixed_dictionaries({"name": st.just("open"), "arguments": st.fixed_dictionaries({"title": st.text() | st.from_regex(r"(item|firm|town)[1-9][0-9]", fullmatch=True)})}),
-    st.fixed_dictionaries({"name": st.just("find"), "arguments": st.fixed_dictionaries({"text": st.text()})}),
+    calls("search", "query", st.sampled_from(["red", "lamp", "firm"])),
+    calls("open", "title", st.from_regex(r"(item|firm|town)[1-9][0-9]", fullmatch=True)),
+    calls("find", "text", st.just("[")),
 )
 
 

@@ -100,9 +100,9 @@ def test_a_needless_task_is_too_much() -> None:
 # ---------------------------------------------------------------- another judge
 
 
-def judge(text: str, dialogue: list[tuple[str, str, str]]) -> tuple[float, int]:
-    """The share of required tasks that were done in time, and the time at the end: from the words of the prompt and of the
-    (tool, task, answer) triples alone, keeping its own clock."""
+def judge(text: str, dialogue: list[tuple[str, str, str]]) -> float:
+    """The share of required tasks that were done in time: from the words of the prompt and of the (tool, task, answer) triples
+    alone, keeping its own clock."""
     goals = {name: int(due) for name, due in re.findall(r"([a-z]) by (\d+)", text.splitlines()[0])}
     takes, needs, spare = dict[str, int](), dict[str, list[str]](), dict[str, str]()
     for line in text.splitlines()[1:]:
@@ -129,7 +129,7 @@ def judge(text: str, dialogue: list[tuple[str, str, str]]) -> tuple[float, int]:
             assert all(need in done for need in needs[work]), "it let a task run before what it needs"
             done[work] = clock
     in_time = [name for name, due in required.items() if done.get(name, clock + 10**6) <= due]
-    return len(in_time) / len(required), clock
+    return len(in_time) / len(required)
 
 
 def wander(rng: random.Random, env: ToolEnv, care: float) -> Message:
@@ -156,7 +156,7 @@ def test_another_judge_agrees(size: dict[str, Any]) -> None:
                 before: Any = list(action.get("tool_calls", ()))
                 result = await env.step(action)
                 if result.episode_done:
-                    share, clock = judge(text, dialogue) if not before else (None, None)
+                    share = judge(text, dialogue) if not before else None
                     break
                 dialogue.append((before[0]["name"], before[0]["arguments"].get("task", ""), result.next_messages[0]["content"]))
             if share is None:  # the last call's answer is not sent: its outcome is read from the environment's log
@@ -165,7 +165,7 @@ def test_another_judge_agrees(size: dict[str, Any]) -> None:
                 name, arguments = before[0]["name"], before[0]["arguments"]
                 ran = entry is not None and entry.task == arguments["task"] and entry.end == task.time
                 last = f"{entry.outcome if ran and entry else 'error: refused'}, time {task.time}"
-                share, clock = judge(text, [*dialogue, (name, arguments["task"], last)])
+                share = judge(text, [*dialogue, (name, arguments["task"], last)])
             assert result.metrics["required_done"] == pytest.approx(share)
             assert result.metrics["correct"] == float(share == 1.0)
             assert result.reward == pytest.approx(share if size.get("partial_credit") else float(share == 1.0))

@@ -24,12 +24,12 @@ class Market:
     most: int
     """Prices are 1 to ``most``, orders 0 to ``most``."""
     spoil: int
-    """Of what is left in the evening one in ``spoil`` spoils, rounded up; 0: none does."""
+    """Of what is left in the evening one unit in ``spoil`` spoils, rounded down; 0: none does."""
     lead: int
     """Mornings until an order is there: 0 the same one, 1 the next."""
 
     def spoiled(self, left: int) -> int:
-        return -(-left // self.spoil) if self.spoil else 0
+        return left // self.spoil if self.spoil else 0
 
     @cached_property
     def fullest(self) -> int:
@@ -63,13 +63,14 @@ def demand(market: Market) -> NDArray[np.float64]:
 @lru_cache(4096)
 def solve(market: Market) -> Policy:
     """Backward induction (Bellman): V_t(s) = max over price and order of E[price * sold - cost * order + V_{t+1}(s')], with
-    V_days = 0. Rent is the same whatever is done and is left out; stock is worth nothing in the end."""
+    V_days = 0. Rent is the same whatever is done and is left out; stock is worth nothing in the end. Cash is no part of the state: the
+    oracle is one that is never short of it, so a shop that may close can do no better."""
     likely = demand(market)
     stocks, orders = np.arange(market.fullest + 1), np.arange(market.most + 1)
     shelf = stocks if market.lead else np.arange(market.fullest + market.most + 1)  # what can be sold from
     sold = np.minimum(shelf[:, None], np.arange(market.customers + 1))  # [shelf, demand]
     left = shelf[:, None] - sold
-    kept = left - (-(-left // market.spoil) if market.spoil else 0)
+    kept = left - (left // market.spoil if market.spoil else 0)
     income = np.arange(1, market.most + 1) * (sold @ likely.T)  # [shelf, price]
     value = np.zeros((market.days + 1, len(stocks)))
     price, order = (np.zeros((market.days, len(stocks)), np.int64) for _ in range(2))

@@ -106,12 +106,8 @@ def generate(rng: random.Random, size: Size) -> Plan:
     names = [step.name for step in required]
     goals = names[-size.goals :]
     replaced = rng.sample(names, size.spares)
-    spares = [
-        Step(next(letters), step.takes + LONGER, step.needs, replaces=step.name) for step in required if step.name in replaced
-    ]
-    extra = [
-        Step(next(letters), rng.randint(2, 3), tuple(rng.sample(names[:-1], rng.randint(0, 1)))) for _ in range(size.extra)
-    ]
+    spares = [Step(next(letters), step.takes + LONGER, step.needs, replaces=step.name) for step in required if step.name in replaced]
+    extra = [Step(next(letters), rng.randint(2, 3), tuple(rng.sample(names[:-1], rng.randint(0, 1)))) for _ in range(size.extra)]
     broken = frozenset(rng.sample(replaced, min(size.spares, sum(rng.random() < 0.5 for _ in range(size.failing)))))
     flaky = frozenset(rng.sample([name for name in names if name not in broken], size.failing - len(broken)))
     shown = [*required, *spares, *extra]

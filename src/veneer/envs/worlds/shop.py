@@ -45,11 +45,11 @@ class Business:
     def rules(self) -> str:
         """The same for all problems of one size."""
         arrives = "tomorrow" if self.market.lead else "at once"
-        spoils = f" One in {self.market.spoil} of what is left spoils overnight, rounded up." if self.market.spoil else ""
+        spoils = f" Of the units left one in {self.market.spoil} spoils overnight, rounded down." if self.market.spoil else ""
         return (
             f"Run a shop for profit, a call a day. An order arrives {arrives} and costs the cost for each unit. "
             f"Every customer buys a unit if the price is at most what he will pay, any amount alike.{spoils} "
-            "Rent is due every evening; below 0 cash the shop closes. Stock is worth nothing in the end."
+            "Rent is due every evening, to the last day; below 0 cash the shop closes. Stock is worth nothing in the end."
         )
 
     @cached_property
@@ -70,7 +70,8 @@ class Books:
 
     @property
     def profit(self) -> int:
-        return self.cash - self.business.cash
+        """So far, if it were left now: the rent of all days is owed whether it is open or not, so that closing early saves nothing."""
+        return self.cash - self.business.cash - self.business.rent * (self.business.market.days - self.day)
 
     @property
     def open(self) -> bool:
@@ -118,7 +119,7 @@ class ShopTask:
         return not self.books.open
 
     async def score(self, answer: Message | None) -> Mapping[str, float]:
-        """``reward``: profit / the oracle's profit on the same customers, cut to [0, 1]. Whoever closes early keeps what was earned."""
+        """``reward``: profit / the oracle's profit on the same customers, cut to [0, 1]."""
         books, oracle = self.books, self.business.oracle
         return {
             "reward": min(1.0, max(0.0, books.profit / oracle.profit)),
