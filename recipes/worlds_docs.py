@@ -204,8 +204,8 @@ async def world(name: str) -> list[str]:
 TEXTS = {
     "browse": """
         A question about a website of made-up things, firms, people and towns. The item in question is searched for by how it
-        looks, and from its page a fact names the next page, `hops` pages in all. Every name is a kind and a number, and every
-        kind of fact is one to one, so that neither guessing nor a wrong page gives the answer.
+        looks, and from its page a fact names the next page, `hops` pages in all. Every name is a kind and a number, so that it
+        cannot be guessed, and every kind of fact is one to one: the same facts followed from a wrong item lead elsewhere.
 
         The site is real: an HTTP server on 127.0.0.1 that starts with the first episode and stops when the dataset is closed.
         Every problem has a folder of its own, `/SPLIT/INDEX/`, in which its tools stay; titles are quoted, and no path reaches a

@@ -27,8 +27,8 @@ SIZES: list[dict[str, Any]] = [
     {},
     {"days": 60, "lead": 1},
     {"days": 2, "most": 4, "spoil": 1},
-    {"most": 30, "days": 5, "known": False},
-    {"spoil": 0, "lead": 1, "days": 10},
+    {"most": 20, "days": 5, "known": False},
+    {"spoil": 10, "lead": 1, "days": 10},
 ]
 MARKETS = st.builds(
     Market,
@@ -37,7 +37,7 @@ MARKETS = st.builds(
     customers=st.integers(1, 3),
     top=st.integers(2, 4),
     most=st.integers(2, 4),
-    spoil=st.integers(0, 3),
+    spoil=st.integers(1, 4),
     lead=st.integers(0, 1),
 )
 
@@ -52,7 +52,7 @@ def business(size: dict[str, Any], split: Split, index: int) -> Business:
 
 def night(market: Market, left: int) -> int:
     """What of the evening's stock is there in the morning: the third, sixth, ninth unit spoils if one in three does."""
-    return sum(not market.spoil or unit % market.spoil != 0 for unit in range(1, left + 1))
+    return sum(unit % market.spoil != 0 for unit in range(1, left + 1))
 
 
 def outcomes(market: Market, stock: int, price: int, order: int) -> list[tuple[Fraction, int, int]]:
@@ -126,7 +126,7 @@ def test_the_oracle_earns_what_it_promises_and_beats_every_constant_policy(lead:
 
 def test_demand_by_hand() -> None:
     """Two customers who pay 1 to 4: at a price of 3 each buys with one half; above 4 nobody does."""
-    table = demand(Market(days=1, cost=1, customers=2, top=4, most=5, spoil=0, lead=0))
+    table = demand(Market(days=1, cost=1, customers=2, top=4, most=5, spoil=3, lead=0))
     assert table.tolist() == [[0, 0, 1], [1 / 16, 6 / 16, 9 / 16], [1 / 4, 1 / 2, 1 / 4], [9 / 16, 6 / 16, 1 / 16], [1, 0, 0]]
 
 
@@ -169,7 +169,7 @@ def test_days_by_hand() -> None:
 
 
 def test_an_order_of_tomorrow_is_not_sold_today() -> None:
-    market = Market(days=3, cost=1, customers=1, top=5, most=9, spoil=0, lead=1)
+    market = Market(days=3, cost=1, customers=1, top=5, most=9, spoil=9, lead=1)
     books = Books(Business(market, rent=0, cash=9, wishes=((5,), (5,), (5,)), known=True))
     books.trade(5, 2)
     assert (books.sold, books.stock, books.cash, books.stockouts) == (0, 2, 7, 1)

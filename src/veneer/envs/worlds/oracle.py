@@ -24,12 +24,12 @@ class Market:
     most: int
     """Prices are 1 to ``most``, orders 0 to ``most``."""
     spoil: int
-    """Of what is left in the evening one unit in ``spoil`` spoils, rounded down; 0: none does."""
+    """Of what is left in the evening one unit in ``spoil`` spoils, rounded down."""
     lead: int
     """Mornings until an order is there: 0 the same one, 1 the next."""
 
     def spoiled(self, left: int) -> int:
-        return left // self.spoil if self.spoil else 0
+        return left // self.spoil
 
     @cached_property
     def fullest(self) -> int:
@@ -70,7 +70,7 @@ def solve(market: Market) -> Policy:
     shelf = stocks if market.lead else np.arange(market.fullest + market.most + 1)  # what can be sold from
     sold = np.minimum(shelf[:, None], np.arange(market.customers + 1))  # [shelf, demand]
     left = shelf[:, None] - sold
-    kept = left - (left // market.spoil if market.spoil else 0)
+    kept = left - left // market.spoil
     income = np.arange(1, market.most + 1) * (sold @ likely.T)  # [shelf, price]
     value = np.zeros((market.days + 1, len(stocks)))
     price, order = (np.zeros((market.days, len(stocks)), np.int64) for _ in range(2))
@@ -79,7 +79,7 @@ def solve(market: Market) -> Policy:
         following = np.append(value[day + 1], np.repeat(value[day + 1, -1], market.most))
         if market.lead:
             later = following[kept[:, :, None] + orders]  # [shelf, demand, order]
-            worth = income[:, :, None] + np.einsum("pd,sdq->spq", likely, later) - market.cost * orders
+            worth = income[:, :, None] + likely @ later - market.cost * orders
         else:
             by_shelf = income + following[kept] @ likely.T  # [shelf, price]
             worth = by_shelf[stocks[:, None] + orders].transpose(0, 2, 1) - market.cost * orders  # [stock, price, order]

@@ -45,10 +45,10 @@ class Business:
     def rules(self) -> str:
         """The same for all problems of one size."""
         arrives = "tomorrow" if self.market.lead else "at once"
-        spoils = f" Of the units left one in {self.market.spoil} spoils overnight, rounded down." if self.market.spoil else ""
         return (
             f"Run a shop for profit, a call a day. An order arrives {arrives} and costs the cost for each unit. "
-            f"Every customer buys a unit if the price is at most what he will pay, any amount alike.{spoils} "
+            "Every customer buys a unit if the price is at most what he will pay, any amount alike. "
+            f"Of the units left one in {self.market.spoil} spoils overnight, rounded down. "
             "Rent is due every evening, to the last day; below 0 cash the shop closes. Stock is worth nothing in the end."
         )
 
@@ -150,7 +150,7 @@ class Size:
 
 
 def generate(rng: random.Random, size: Size) -> Business:
-    """A business that pays: an oracle expects at least a unit of cash a day, and has no bad luck with these customers."""
+    """A business that pays: an oracle expects to earn a unit of cash a day before rent, and has no bad luck with these customers."""
     while True:
         cost, customers = rng.randint(1, size.most // 2), rng.randint((size.most + 1) // 2, size.most)
         top = rng.randint(cost + size.most // 3, size.most)
@@ -161,7 +161,7 @@ def generate(rng: random.Random, size: Size) -> Business:
         wishes = tuple(tuple(rng.randint(1, top) for _ in range(customers)) for _ in range(size.days))
         business = Business(market, rent, cash, wishes, size.known)
         left = expected - rent * size.days
-        if expected >= 2 * size.days and business.oracle.cash >= 0 and business.oracle.profit >= POOR * left:
+        if expected >= size.days and business.oracle.cash >= 0 and business.oracle.profit >= POOR * left:
             return business
 
 
@@ -180,11 +180,11 @@ class Shop:
 
 def shop(days: int = 20, most: int = 9, spoil: int = 3, lead: int = 0, known: bool = True, seed: int = 0) -> Shop:
     """Businesses that are open for ``days`` days, with prices, orders and customers up to ``most``, of whose stock one in ``spoil``
-    spoils every night (0: none), and whose orders arrive after ``lead`` nights (0 or 1). ``known``: the prompt tells how many customers
+    spoils every night, and whose orders arrive after ``lead`` nights (0 or 1). ``known``: the prompt tells how many customers
     come and what they pay; otherwise that has to be found out."""
     check_whole("days", days, 2, 60)
-    check_whole("most", most, 4, 30)
-    check_whole("spoil", spoil, 0, 10)
+    check_whole("most", most, 4, 20)
+    check_whole("spoil", spoil, 1, 10)
     check_whole("lead", lead, 0, 1)
     if not isinstance(known, bool):
         raise ConfigError(f"env.args.known: {known!r} must be true or false")

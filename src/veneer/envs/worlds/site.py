@@ -16,7 +16,7 @@ RELATIONS = {
     "person": {"home": "town", "job": "firm"},
     "town": {"mayor": "person"},
 }
-"""kind -> name of a fact -> kind of what it names. Each is one to one, so that a wrong page never gives the right answer."""
+"""kind -> name of a fact -> kind of what it names. Each is one to one, so that the same facts followed from a wrong item lead elsewhere."""
 NUMBERS = ("size", "age", "rank", "price", "score", "code", "year", "weight", "depth", "speed", "width", "floor")
 """Facts that lead nowhere."""
 NAMES = range(10, 100)
