@@ -14,6 +14,7 @@ from typing import Any
 from veneer.envs.arithmetic import arithmetic
 from veneer.envs.calculator import calculator
 from veneer.envs.digits import count, reverse, sort
+from veneer.envs.worlds import browse, shop, workflow
 from veneer.types import ConfigError, EnvDataset, in_one_line
 
 Factory = Callable[..., EnvDataset]
@@ -24,6 +25,9 @@ ENVIRONMENTS: dict[str, Factory] = {
     "reverse": reverse,
     "count": count,
     "calculator": calculator,
+    "browse": browse,
+    "workflow": workflow,
+    "shop": shop,
 }
 
 FAMILIES: dict[str, Factory] = {}
