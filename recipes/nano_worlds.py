@@ -18,8 +18,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import AddedToken
+
 from veneer.envs.tools import ToolEnv
 from veneer.envs.worlds import browse, shop, workflow
+from veneer.envs.worlds.browse import BrowseTask
 from veneer.envs.worlds.plan import LETTERS
 from veneer.envs.worlds.site import COLOURS, RELATIONS, THINGS
 from veneer.types import EnvDataset, Message, StepResult
@@ -260,37 +263,17 @@ async def demonstrate(rng: random.Random, dataset: Any, policy: Policy) -> Conve
 # ---------------------------------------------------------------- what a tokenizer for them needs
 
 FACTS = [name for kind in ("item", "firm", "person") for name in RELATIONS[kind]]
+PLAIN = "too goal next check done failed broken days price"
+SPACED = "its many all words by after so done broken retry spare first cost rent customers pay to price hold"
 WORDS = [
-    *(*COLOURS, *THINGS, *RELATIONS, *FACTS, *(f" {word}" for word in (*THINGS, *RELATIONS, *FACTS))),
-    *(
-        " its",
-        "too",
-        " many",
-        " all",
-        " words",
-        "goal",
-        " by",
-        " after",
-        " so",
-        "next",
-        "check",
-        "done",
-        " done",
-        "failed",
-        "broken",
-        " broken",
-    ),
-    *(" retry", " spare", " first", "days", " cost", " rent", " customers", " pay", " to", "price", " price", " hold"),
-    *(f" {letter}" for letter in LETTERS),
+    *(*COLOURS, *THINGS, *RELATIONS, *FACTS, *PLAIN.split()),
+    *(f" {word}" for word in (*THINGS, *RELATIONS, *FACTS, *SPACED.split(), *LETTERS)),
 ]
-"""Words that should be a token each, as they stand in demonstrations, most with the space in front."""
+"""Words that should be a token each, as they stand in demonstrations, many with the space in front."""
 FIXED = [
     *('\n{"name": "search", "arguments": {"query": "', '\n{"name": "open", "arguments": {"title": "'),
-    *(
-        '\n{"name": "run", "arguments": {"task": "',
-        '\n{"name": "retry", "arguments": {"task": "',
-        '\n{"name": "status", "arguments": {}}\n',
-    ),
+    *('\n{"name": "run", "arguments": {"task": "', '\n{"name": "retry", "arguments": {"task": "'),
+    '\n{"name": "status", "arguments": {}}\n',
     *('\n{"name": "day", "arguments": {"price": ', ', "order": ', '"}}\n', "}}\n"),
     *(" of the ", " [", "]; ", "error: no such page", "day ", " cash ", " stock ", " sold "),
     *(", time ", " spare of ", "error: needs "),
@@ -302,11 +285,11 @@ FRAME = ["\n<|im_start|>user\n<tool_response>\n", "\n</tool_response>", "\n<|im_
 
 def phrases() -> list[str]:
     """Texts that should be a token each: what every problem begins with, the tools' schemas among it, and ``FIXED``."""
+    tasks: list[Any] = [BrowseTask(browse().site("train", 0), 0, ""), workflow().env("train", 0).task, shop().env("train", 0).task]
     texts: list[str] = []
-    for world in WORLDS.values():
-        env: Any = world().env("train", 0)
-        texts.append(f"{env.task.messages[0]['content']}\n\n")
-        texts += [json.dumps(tool.schema()) for tool in env.task.tools]
+    for task in tasks:
+        texts.append(f"{task.messages[0]['content']}\n\n")
+        texts += [json.dumps(tool.schema()) for tool in task.tools]
     return [*dict.fromkeys(texts), *FIXED]
 
 
@@ -315,11 +298,17 @@ def added_tokens() -> list[str]:
     return [*phrases(), *FRAME, *WORDS]
 
 
+def fit(tokenizer: Any) -> None:
+    """Add to a Hugging Face tokenizer those that it does not have."""
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added_tokens() if text not in known])
+
+
 def main() -> None:
     from veneer.render import load_renderer
 
     renderer = load_renderer("nano")
-    renderer.tokenizer.add_tokens([text for text in added_tokens() if text not in renderer.tokenizer.get_vocab()])
+    fit(renderer.tokenizer)
     for name, make in WORLDS.items():
         dataset: Any = make()
         for policy in (CAREFUL[name], CARELESS[name]):

@@ -7,7 +7,6 @@ import random
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
 from world_play import ROOT, gold, recipe
 
 from veneer.envs import ENVIRONMENTS, load_env
@@ -30,9 +29,7 @@ def plain() -> Renderer:
 def fitted() -> Renderer:
     """The bundled base's tokenizer with a token for each of the worlds' fixed texts and words."""
     renderer = load_renderer("nano")
-    known = renderer.tokenizer.get_vocab()
-    texts = [AddedToken(text, normalized=False) for text in recipe("nano_worlds").added_tokens() if text not in known]
-    renderer.tokenizer.add_tokens(texts)  # pyright: ignore[reportArgumentType]
+    recipe("nano_worlds").fit(renderer.tokenizer)
     return renderer
 
 
