@@ -13,8 +13,10 @@ from typing import Any
 
 from veneer.envs.arithmetic import arithmetic
 from veneer.envs.calculator import calculator
+from veneer.envs.code import code
 from veneer.envs.digits import count, reverse, sort
-from veneer.types import ConfigError, EnvDataset, in_one_line
+from veneer.envs.tools.questions import tools
+from veneer.types import ConfigError, EnvDataset, RequestError, in_one_line
 
 Factory = Callable[..., EnvDataset]
 
@@ -24,6 +26,8 @@ ENVIRONMENTS: dict[str, Factory] = {
     "reverse": reverse,
     "count": count,
     "calculator": calculator,
+    "tools": tools,
+    "code": code,
 }
 
 FAMILIES: dict[str, Factory] = {}
@@ -43,7 +47,7 @@ def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
         raise ConfigError(f"env.args: {error}; {name} takes {inspect.signature(factory)}") from error
     try:
         dataset = factory(**(args or {}))
-    except ConfigError:
+    except RequestError:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(f"env.name: {name} raised {in_one_line(error)}") from error

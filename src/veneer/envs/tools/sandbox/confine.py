@@ -78,14 +78,18 @@ class Sandbox:
             SandboxError: it did not begin.
         """
         stop = threading.Event()
+        work = self._threads.submit(self._play, files, stdin, inherited, stop)
         try:
-            ended = await asyncio.get_running_loop().run_in_executor(self._threads, self._play, files, stdin, inherited, stop)
+            ended = await asyncio.wrap_future(work)
         finally:
             stop.set()
+            if work.cancelled():  # before it had begun
+                for fd in inherited:
+                    os.close(fd)
         if ended.status is None:
             raise SandboxError(f"the sandbox did not start ({ended.stderr.decode(errors='replace').strip()[-200:]})")
-        texts = (_text(output, self.limits.output) for output in (ended.stdout, ended.stderr))
-        return Outcome(ended.status, *texts, ended.limit, ended.seconds)
+        stdout, stderr = (_text(output, self.limits.output) for output in (ended.stdout, ended.stderr))
+        return Outcome(ended.status, stdout, stderr, ended.limit, ended.seconds)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

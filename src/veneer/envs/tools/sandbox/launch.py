@@ -6,6 +6,7 @@ read; so it is told nothing that is a secret.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -83,7 +84,7 @@ def _become(name: str) -> None:
 
 
 def _stay_behind() -> None:
-    """Fork: the child goes on to the program; this process inherits every orphan of it, ends them all when it ends, and tells how it ended."""
+    """Fork: the child goes on to the program; this process inherits its orphans, ends them when it ends, and tells how it ended."""
     import ctypes
 
     prctl = ctypes.CDLL(None).prctl
@@ -144,10 +145,8 @@ def sweep(pid: int) -> None:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":

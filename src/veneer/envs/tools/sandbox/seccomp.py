@@ -49,7 +49,10 @@ def program() -> bytes | None:
     steps = [_step(_LOAD, _ARCH), _step(_EQUAL, AUDIT_ARCH[machine], 1, 0), refuse, _step(_LOAD, _NUMBER)]
     if machine == "x86_64":
         steps += [_step(_AT_LEAST, X32, 0, 1), refuse]
-    steps += [_step(_EQUAL, CLONE3, 0, 1), _step(_RETURN, _ERRNO | errno.ENOSYS)]  # its flags lie in memory; the C library falls back on clone
+    steps += [
+        _step(_EQUAL, CLONE3, 0, 1),
+        _step(_RETURN, _ERRNO | errno.ENOSYS),
+    ]  # its flags lie in memory; the C library falls back on clone
     for number in (*REFUSED[machine].values(), *SHARED):
         steps += [_step(_EQUAL, number, 0, 1), refuse]
     steps += [_step(_EQUAL, CLONE[machine], 0, 3), _step(_LOAD, _FIRST_ARGUMENT), _step(_ANY_BIT, NEW_NAMESPACES, 0, 1), refuse]
