@@ -14,27 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sandboxes import BOTH, LINUX, WALLED
 
 from veneer.envs.tools.sandbox import Limits, Outcome, Sandbox
 from veneer.envs.tools.sandbox.process import TICK
 from veneer.types import ConfigError
 
 LIMITS = Limits(cpu=2, wall=4.0, memory=128 * 2**20, disk=8 * 2**20, file=2 * 2**20, files=200, processes=8, output=2000)
-LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="programs are run on Linux only")
-
-
-def no_walls() -> str:
-    """Why there is no sandbox here; empty: there is one."""
-    try:
-        Sandbox(LIMITS)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-NO_WALLS = no_walls()
-WALLED = pytest.mark.skipif(bool(NO_WALLS), reason=NO_WALLS)
-BOTH = [pytest.param(False, id="bubblewrap", marks=WALLED), pytest.param(True, id="bare")]
 pytestmark = LINUX
 
 
@@ -103,7 +89,7 @@ def test_nothing_of_the_environment_is_seen(bare: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("bare", BOTH)
 def test_endless_loop(bare: bool) -> None:
-    outcome = run("while True: pass", bare, cpu=1)
+    outcome = run("while True: pass", bare, cpu=1, wall=60.0)
     assert (outcome.limit, outcome.status) == ("cpu", -24)
 
 

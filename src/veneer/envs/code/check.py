@@ -113,7 +113,7 @@ def _result(test: Callable[[], object]) -> str:
     except Gone:
         return "gone"
     except BaseException as error:
-        return "passed" if type(error).__name__ == "SkipTest" else f"raised {type(error).__name__}"
+        return f"raised {type(error).__name__}"
     return "passed"
 
 

@@ -57,8 +57,8 @@ def code(
 
     ``data``: a file with a JSON object a line: ``prompt``, ``entry_point`` (the function's name), ``tests`` (a list of assert statements,
     or a text with test cases, ``test...`` functions or ``check(candidate)``) and, if there is one, ``solution``; without it, problems made
-    up by rule. ``reward``: "all" tests or nothing, or the "share" of them that pass. ``seconds`` and ``memory_mb``: for the function, all tests
-    together; a verdict comes up to two seconds later, below ``env.seconds``. ``unsafe_no_sandbox``: it runs without walls.
+    up by rule. ``reward``: "all" tests or nothing, or the "share" of them that pass. ``seconds`` and ``memory_mb``: for the function, all
+    tests together; a verdict comes up to two seconds later, below ``env.seconds``. ``unsafe_no_sandbox``: it runs without walls.
 
     Raises:
         ConfigError: there is no sandbox.
