@@ -135,6 +135,21 @@ def test_cheats_earn_nothing(name: str) -> None:
     assert "passed" not in verdict.results
 
 
+@WALLED
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("looks in frames and memory", "hidden = 'a text that only ' + 'the tests hold'"),
+        ("looks in files", "open('hidden', 'w').write('a text that only ' + 'the tests hold')"),
+        ("reads what is open", "import os\nr, w = os.pipe()\nos.write(w, b'a text that only ' + b'the tests hold')"),
+    ],
+)
+def test_cheats_that_search_would_find(name: str, hidden: str) -> None:
+    """Where the tests' text is in reach, they have it: above, it is not."""
+    outcome = asyncio.run(Sandbox(LIMITS).run({"main.py": f"{hidden}\n{CHEATS[name]}\nprint(f())"}))
+    assert outcome.stdout.strip() == SECRET
+
+
 def test_the_test_can_be_passed() -> None:
     """The cheats fail for what they do, not because nothing passes."""
     assert grade(f"def f(): return {SECRET!r}", [f"assert f() == {SECRET!r}"], "f", bare=True).passed == 1.0

@@ -205,6 +205,7 @@ class _Connection:
         self._entered: asyncio.Future[Client] = self.loop.create_future()
         self._entered.add_done_callback(lambda future: future.cancelled() or future.exception())  # somebody may have stopped waiting
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the task below
+        self._words = ""
         self._owner = asyncio.create_task(self._own())
 
     async def _own(self) -> None:
@@ -223,6 +224,7 @@ class _Connection:
             self.broken = True
             if not self._entered.done():
                 self._entered.set_exception(ConnectionError("it was left before it was there"))
+            self._words = self.last_words()
             self._stderr.close()
 
     @contextlib.asynccontextmanager
@@ -255,11 +257,11 @@ class _Connection:
         return McpFailure(f"MCP server {self.settings.label} did not answer {tool} ({_reason(error)}{self.last_words()})")
 
     def last_words(self) -> str:
-        """The last line of a server's stderr."""
+        """The last line of a server's stderr. Read where it lies: the server writes at the file's one position."""
         if self._stderr.closed:
-            return ""
-        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2**12))
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+            return self._words
+        fd = self._stderr.fileno()
+        lines = os.pread(fd, 2**12, max(0, os.fstat(fd).st_size - 2**12)).decode(errors="replace").strip().splitlines()
         return f"; it said: {lines[-1].strip()[:200]}" if lines else ""
 
     async def close(self) -> None:
