@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +194,12 @@ def test_a_server_that_hangs_costs_its_own_episode(way: str, stdio: McpServer, u
     async def hang() -> float:
         async with session(server) as tools:
             await tools["add"].call({"a": 1, "b": 2})  # the server is up
-            object.__setattr__(server.settings, "seconds", 1.0)
+            server.settings = replace(server.settings, seconds=1.0)
             began = time.monotonic()
             with pytest.raises(McpFailure, match="did not answer hang"):
                 await tools["hang"].call({})
             waited = time.monotonic() - began
-        object.__setattr__(server.settings, "seconds", SECONDS)
+        server.settings = replace(server.settings, seconds=SECONDS)
         async with session(server) as tools:
             assert await tools["add"].call({"a": 2, "b": 2}) == "4"
         return waited

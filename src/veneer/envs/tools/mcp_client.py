@@ -35,6 +35,8 @@ START_SECONDS = 30.0
 """For a server to start and name its tools, before anything else begins."""
 CLOSE_SECONDS = 10.0
 """The official client gives a server two seconds to leave, two more after SIGTERM, and then kills it."""
+STREAM_SECONDS = 300.0
+"""Without a byte, for the stream on which a server may speak by itself; calls have a limit of their own."""
 
 
 class McpFailure(RunError):
@@ -235,7 +237,7 @@ class _Connection:
 
         async with contextlib.AsyncExitStack() as stack:
             if self.settings.url:
-                timeout = httpx2.Timeout(self.settings.seconds)
+                timeout = httpx2.Timeout(self.settings.seconds, read=STREAM_SECONDS)
                 web = await stack.enter_async_context(httpx2.AsyncClient(headers=dict(self.headers), timeout=timeout))
                 transport = streamable_http_client(self.settings.url, http_client=web)
             else:
