@@ -20,6 +20,6 @@ def _no_walls() -> str:
 
 
 NO_WALLS = _no_walls()
-LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="programs are run on Linux only")
+LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="programs are run on Linux alone")
 WALLED = pytest.mark.skipif(bool(NO_WALLS), reason=NO_WALLS)
 BOTH = [pytest.param(False, id="bubblewrap", marks=WALLED), pytest.param(True, id="bare")]

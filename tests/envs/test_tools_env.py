@@ -166,6 +166,21 @@ def test_harm_is_reported_on_the_rollout() -> None:
     assert (bad.metrics["python_stopped"], good.metrics["python_stopped"], bad.reward, good.reward) == (1.0, 0.0, 1.0, 1.0)
 
 
+@LINUX
+def test_many_programs_in_one_turn_share_its_time() -> None:
+    """Else a turn full of calls that sleep would outlast ``env.seconds``: a failed rollout where there should be a bad one."""
+    dataset: Any = load_env("tools", {"tools": ["python"], "python_seconds": 0.5, "unsafe_no_sandbox": True})
+    sleeping: Message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": called("python", code="import time; time.sleep(9)")["tool_calls"] * 9,
+    }
+    first, second = play(dataset.env("train", 0), sleeping, called("python", code="print('again')"))
+    answers = [message["content"] for message in first.next_messages]
+    assert answers == ["stopped: it took too long", *["error: no time is left in this turn; call again in the next"] * 8]
+    assert second.next_messages[0]["content"] == "again"
+
+
 # ---------------------------------------------------------------- episodes
 
 

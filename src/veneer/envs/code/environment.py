@@ -11,6 +11,7 @@ from veneer.envs.tools.sandbox import Limits, Sandbox
 from veneer.types import ConfigError, DataError, Message, Observation, Split, StepResult, in_one_line
 
 Reward = Literal["all", "share"]
+LEAST_MB = 64
 
 
 class CodeEnv:
@@ -66,6 +67,8 @@ def code(
     """
     if reward not in ("all", "share"):
         raise ConfigError(f'env.args: reward is {reward!r}; it is "all" or "share"')
+    if seconds <= 0 or memory_mb < LEAST_MB:
+        raise ConfigError(f"env.args: seconds is {seconds} and memory_mb is {memory_mb}; Python alone takes time and {LEAST_MB} MB")
     rows = Rows(data, {"entry_point": str, "tests": (list, str)}, seed, _check) if data else None
     limits = Limits(cpu=max(1, int(seconds)), wall=seconds, memory=memory_mb * 2**20)
     return Code(rows, Judge(Sandbox(limits, unsafe_no_sandbox)), reward, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from veneer.envs.tools.sandbox import Outcome, Sandbox
-from veneer.envs.tools.tool import Tool
+from veneer.envs.tools.tool import Tool, ToolError
 
 CODE = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
 STOPPED = {
@@ -22,12 +22,21 @@ class Python:
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
         self.runs = self.failed = self.stopped = 0
+        self._used = 0.0
+        """Seconds in this turn."""
 
     def tool(self) -> Tool:
         return Tool("python", "Run a Python program and see what it prints.", CODE, self._run)
 
+    def next_turn(self) -> None:
+        """Programs have time again: those of one turn share the time of one, or a turn with many calls would fail its rollout."""
+        self._used = 0.0
+
     async def _run(self, code: str) -> str:
+        if self._used >= self.sandbox.limits.wall:
+            raise ToolError("no time is left in this turn; call again in the next")
         outcome = await self.sandbox.run({"main.py": code})
+        self._used += outcome.seconds
         self.runs += 1
         self.failed += outcome.status != 0
         self.stopped += outcome.limit is not None

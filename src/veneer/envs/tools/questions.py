@@ -31,6 +31,8 @@ class QuestionTask:
         self.tools: list[Tool] = [own[name] for name in names] + [tool for session in self._sessions for tool in session.tools()]
 
     def over(self) -> bool:
+        if self._python is not None:
+            self._python.next_turn()
         return False
 
     async def score(self, answer: Message | None) -> Mapping[str, float]:
@@ -77,7 +79,7 @@ def tools(
     mcp: Sequence[Mapping[str, Any]] = (),
     data: str = "",
     max_turns: int = 4,
-    python_seconds: float = 5.0,
+    python_seconds: float = 4.0,
     unsafe_no_sandbox: bool = False,
     seed: int = 0,
 ) -> Questions:
@@ -85,7 +87,7 @@ def tools(
 
     ``mcp``: servers, each a table with ``command`` or ``url`` (``McpSettings``). ``data``: a file with a JSON object a line, ``prompt`` and
     ``answer``; without it, products of two two-digit numbers. ``max_turns``: of the assistant, the answer among them.
-    ``python_seconds``: for a program, below ``env.seconds``. ``unsafe_no_sandbox``: programs run without walls.
+    ``python_seconds``: for a program; twice as much has to fit into ``env.seconds``. ``unsafe_no_sandbox``: programs run without walls.
 
     Raises:
         ConfigError: no such tool, a server does not start, or there is no sandbox for ``python``.
@@ -99,6 +101,8 @@ def tools(
     names = [*tools, *(f"{server.settings.prefix}{listed.name}" for server in servers for listed in server.listed)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"env.args: there are two tools named {twice[0]}; give a server a prefix")
+    if python_seconds <= 0:
+        raise ConfigError(f"env.args: python_seconds is {python_seconds}; a program takes some time")
     if max_turns < 1:
         raise ConfigError(f"env.args: max_turns is {max_turns}; the answer alone takes one")
     if not names:

@@ -28,12 +28,14 @@ def command(bwrap: str, disk: int, status_fd: int, filter_fd: int | None = None)
     if os.getuid() == 0:
         arguments += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # launch.py takes a uid of its own, and loses them
     else:
-        arguments += ["--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
+        arguments += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     arguments += _root()
     arguments += ["--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp", "--symlink", "/tmp", "/dev/shm"]
     arguments += ["--remount-ro", "/", "--json-status-fd", str(status_fd)]
     if filter_fd is not None:
         arguments += ["--seccomp", str(filter_fd)]
+    elif os.getuid() != 0:
+        arguments.append("--disable-userns")  # from version 0.8 on
     return [*arguments, os.path.realpath(sys.executable), *FLAGS, INSIDE]
 
 

@@ -60,8 +60,8 @@ class Sandbox:
         """Raises:
         ConfigError: there is no sandbox on this machine.
         """
-        if not os.path.isdir("/proc/self/task"):
-            raise ConfigError("programs are run on Linux only")
+        if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+            raise ConfigError("programs are run on Linux alone, where /proc tells which process comes from which")
         if self.unsafe_no_sandbox:
             return
         if bubblewrap.installed() is None:
