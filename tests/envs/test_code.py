@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_a_function_that_never_returns_costs_itself_alone() -> None:
     assert verdict.metrics()["timeout"] == 1.0
     assert grade("while True: pass").metrics()["timeout"] == 1.0
     assert grade("def double(x): print('x' * 10**6)").outcome.limit == "output"
+
+
+@pytest.mark.parametrize("bare", BOTH)
+def test_a_trainer_with_many_open_files_grades_too(bare: bool) -> None:
+    """The pipes' numbers are then larger than what a program may open itself."""
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]
+    try:
+        assert (
+            grade("import os\ndef double(x): return 2 * x if x != -3 else os._exit(0)", bare=bare).results == ["passed"] * 2 + ["gone"] * 2
+        )
+    finally:
+        for fd in many:
+            os.close(fd)
 
 
 @WALLED

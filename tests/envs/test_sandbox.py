@@ -73,6 +73,7 @@ def test_how_it_ended_is_told(bare: bool) -> None:
     assert "launch" not in outcome.stderr
     assert run("syntax error", bare).complaint == "SyntaxError: invalid syntax"
     assert run("import sys; sys.exit('sorry')", bare).complaint == "sorry"
+    assert run("import sys; sys.exit(255)", bare).status == 255
 
 
 @pytest.mark.parametrize("bare", BOTH)

@@ -98,7 +98,7 @@ def _stay_behind() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):  # the pipes are the program's
         os.dup2(nothing, fd)
-    os.closerange(3, OPEN_FILES)
+    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     while True:
         pid, status = os.wait()
         if pid == child:

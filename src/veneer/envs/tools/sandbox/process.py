@@ -95,7 +95,7 @@ def play(start: Start, limits: Limits, stop: threading.Event) -> Ended:
             walls.read()
             code = STOPPED + signal.SIGKILL if walls.code is None and (limit or stop.is_set()) else walls.code
     seconds = time.monotonic() - began
-    status = code if code is None or code <= STOPPED else STOPPED - code
+    status = code if code is None or not STOPPED < code <= STOPPED + signal.SIGRTMAX else STOPPED - code
     if limit is None and (status == -signal.SIGXCPU or (status == -signal.SIGKILL and seconds > limits.cpu)):
         limit = "cpu"
     return Ended(status, bytes(outlets[0].kept), bytes(outlets[1].kept), limit, seconds)
