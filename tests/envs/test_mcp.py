@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from sandboxes import children, command_of
 
 from veneer.envs import load_env
 from veneer.envs.tools import Tool, ToolError
@@ -64,9 +64,9 @@ def call(server: McpServer, name: str, **arguments: Any) -> str:
     return asyncio.run(once())
 
 
-def children() -> list[psutil.Process]:
-    """Servers over stdio of this test process."""
-    return [child for child in psutil.Process().children(recursive=True) if child.cmdline()[-1:] == [SERVER]]
+def servers() -> set[int]:
+    """Those over stdio that come from this process."""
+    return {pid for pid in children(SERVER) if command_of(pid)[-2:] == [SERVER, ""]}
 
 
 # ---------------------------------------------------------------- what is answered
@@ -95,7 +95,7 @@ def test_tools_are_shown_and_answer(way: str, request: pytest.FixtureRequest) ->
             assert flood.endswith(f"[cut at {LONGEST} characters]")
 
     asyncio.run(talk())
-    assert children() == []
+    assert servers() == set()
 
 
 def test_an_episode_has_a_server_of_its_own(stdio: McpServer) -> None:
@@ -109,12 +109,12 @@ def test_an_episode_has_a_server_of_its_own(stdio: McpServer) -> None:
         for word in ("one", "two"):
             async with session(kept) as tools:
                 answers.append(await tools["keep"].call({"word": word}))
-        assert len(children()) == 1
+        assert len(servers()) == 1
         await kept.close()
         return answers
 
     assert asyncio.run(twice()) == ["one", "one two"]
-    assert children() == []
+    assert servers() == set()
 
 
 def test_no_call_no_server(stdio: McpServer) -> None:
@@ -122,7 +122,7 @@ def test_no_call_no_server(stdio: McpServer) -> None:
 
     async def idle() -> None:
         async with session(stdio):
-            assert children() == []
+            assert servers() == set()
 
     asyncio.run(idle())
 
@@ -139,9 +139,9 @@ def test_a_server_sees_little_of_the_environment(monkeypatch: pytest.MonkeyPatch
 # ---------------------------------------------------------------- what it costs
 
 
-def test_a_server_that_is_killed_costs_its_own_episode() -> None:
+def test_a_server_that_is_killed_costs_its_own_episode(stdio: McpServer) -> None:
     """kill -9 in the middle: the call fails, the others' servers answer on, and the next episode has one that lives."""
-    server = McpServer(McpSettings(COMMAND, seconds=SECONDS))
+    server = stdio
 
     async def three() -> None:
         async with session(server) as hit, session(server) as beside:
@@ -158,7 +158,7 @@ def test_a_server_that_is_killed_costs_its_own_episode() -> None:
             assert int(await next_one["pid"].call({})) not in pids
 
     asyncio.run(three())
-    assert children() == []
+    assert servers() == set()
 
 
 def test_a_reused_server_that_dies_is_replaced() -> None:
@@ -182,14 +182,13 @@ def test_a_reused_server_that_dies_is_replaced() -> None:
         await server.close()
 
     asyncio.run(episodes())
-    assert children() == []
+    assert servers() == set()
 
 
 @pytest.mark.parametrize("way", ["stdio", "url"])
 def test_a_server_that_hangs_costs_its_own_episode(way: str, stdio: McpServer, url: str) -> None:
     """Within ``seconds``; nothing of it stays."""
-    settings = {"command": COMMAND} if way == "stdio" else {"url": url}
-    server = McpServer(McpSettings(**settings, seconds=SECONDS))
+    server = stdio if way == "stdio" else McpServer(McpSettings(url=url, seconds=SECONDS))
 
     async def hang() -> float:
         async with session(server) as tools:
@@ -205,7 +204,7 @@ def test_a_server_that_hangs_costs_its_own_episode(way: str, stdio: McpServer, u
         return waited
 
     assert asyncio.run(hang()) < 6
-    assert children() == []
+    assert servers() == set()
 
 
 def test_who_stops_waiting_leaves_no_server(tmp_path: Path) -> None:
@@ -225,7 +224,7 @@ def test_who_stops_waiting_leaves_no_server(tmp_path: Path) -> None:
         await taken.close()
 
     asyncio.run(impatient())
-    assert [c for c in psutil.Process().children(recursive=True) if str(slow) in c.cmdline()] == []
+    assert children(str(slow)) == set()
 
 
 # ---------------------------------------------------------------- what is refused at the start
@@ -300,9 +299,9 @@ def test_settings_that_are_none(given: Any, words: str) -> None:
 # ---------------------------------------------------------------- in an environment
 
 
-def test_tools_of_servers_stand_beside_the_others() -> None:
-    """One question, three kinds of tools, and the names that are taken."""
-    server = {"command": list(COMMAND), "prefix": "odd_", "seconds": SECONDS}
+def test_tools_of_servers_stand_beside_the_others(url: str) -> None:
+    """In one question; and no two of one name."""
+    server = {"url": url, "prefix": "odd_", "seconds": SECONDS}
     dataset: Any = load_env("tools", {"mcp": [server], "tools": ["calculator"]})
 
     async def episode() -> tuple[list[str], list[str]]:
@@ -318,6 +317,6 @@ def test_tools_of_servers_stand_beside_the_others() -> None:
     names, answers = asyncio.run(episode())
     assert names[:3] == ["calculator", "odd_add", "odd_keep"]
     assert answers == ["3", "error: Error executing tool fail"]
-    assert children() == []
+    assert servers() == set()
     with pytest.raises(ConfigError, match="two tools named odd_add"):
         load_env("tools", {"mcp": [server, server]})

@@ -6,6 +6,7 @@ Every program gets the writing end of a pipe that all its children inherit: as l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -14,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sandboxes import BOTH, LINUX, WALLED
+from sandboxes import BOTH, LINUX, WALLED, children, command_of
 
 from veneer.envs.tools.sandbox import Limits, Outcome, Sandbox
+from veneer.envs.tools.sandbox.bubblewrap import LAUNCH
 from veneer.envs.tools.sandbox.process import TICK
 from veneer.types import ConfigError
 
@@ -398,6 +400,30 @@ def test_who_is_waited_for_no_more_is_ended(bare: bool) -> None:
     assert os.read(reading, 1) == b""  # waits until the last of it is gone
     assert time.monotonic() - began < LIMITS.wall + 10 * TICK
     os.close(reading)
+
+
+@pytest.mark.parametrize("bare", BOTH)
+def test_who_is_waited_for_no_more_before_it_began_is_ended_too(bare: bool) -> None:
+    """At any moment of the start: bubblewrap that is killed too early leaves its first process behind."""
+    sandbox = Sandbox(LIMITS, unsafe_no_sandbox=bare)
+    known = _orphans()
+
+    async def impatient(seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(sandbox.run({"main.py": "import time; time.sleep(60)"}), seconds)
+
+    for step in range(25):
+        asyncio.run(impatient(step / 1000))
+    end = time.monotonic() + 10
+    while left := (children(str(LAUNCH)) | _orphans()) - known:
+        assert time.monotonic() < end, f"left behind: {left}"
+        time.sleep(0.05)
+
+
+def _orphans() -> set[int]:
+    """Processes of sandboxes that nobody has started any more."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return {pid for pid in pids if str(LAUNCH) in command_of(pid) and "\nPPid:\t1\n" in Path(f"/proc/{pid}/status").read_text()}
 
 
 @pytest.mark.parametrize("bare", BOTH)

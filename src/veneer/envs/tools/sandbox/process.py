@@ -140,9 +140,11 @@ class _Walls:
         return int(found[1]) if found else None
 
     def raze(self) -> None:
-        """End it, and wait until nothing of it is left."""
-        while self._first is None and select.select([self.fd], [], [], TICK)[0] and self.read():
-            pass  # it has hardly begun
+        """End it, and wait until nothing of it is left. Its first process has to be known: killed before that, bubblewrap leaves it behind,
+        asleep."""
+        until = time.monotonic() + LAST_WAIT
+        while self._first is None and select.select([self.fd], [], [], max(0.0, until - time.monotonic()))[0] and self.read():
+            pass
         if self._first is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._first, signal.SIGKILL)
