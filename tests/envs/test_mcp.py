@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sandboxes import children, command_of
 
 from veneer.envs import load_env
 from veneer.envs.tools import Tool, ToolError
-from veneer.envs.tools.mcp_client import LONGEST, McpFailure, McpServer, McpSettings, read_settings
+from veneer.envs.tools.mcp_client import LONGEST, McpFailure, McpServer, McpSettings, read_settings, usable
 from veneer.types import ConfigError, Message
 
 SERVER = str(Path(__file__).with_name("mcp_server.py"))
@@ -248,23 +248,34 @@ anyio.run(main)
 """
 
 
-@pytest.mark.parametrize(
-    ("schema", "words"),
-    [
-        ({"type": "object", "properties": {"a": {"type": "integr"}}}, "'integr' is not valid"),
-        ({"type": "object", "required": 3}, "3 is not of type 'array'"),
-        ({"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1/schema.json"}}}, "it refers to http://127.0.0.1/schema.json"),
-        ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, "#/$defs/none leads nowhere"),
-    ],
-)
-def test_a_tool_without_a_schema_is_refused_by_name(tmp_path: Path, schema: Mapping[str, Any], words: str) -> None:
+BROKEN = [
+    ({"type": "object", "properties": {"a": {"type": "integr"}}}, "'integr' is not valid"),
+    ({"type": "object", "required": 3}, "3 is not of type 'array'"),
+    ({"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1/schema.json"}}}, "it refers to http://127.0.0.1/schema.json"),
+    ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, "#/$defs/none leads nowhere"),
+    ({}, "its type is not object"),
+]
+
+
+def test_a_tool_without_a_schema_is_refused_by_name(tmp_path: Path) -> None:
     """Arguments that cannot be checked fail in the middle of a run, one episode at a time."""
+    schema, words = BROKEN[0]
     program = tmp_path / "bad.py"
     program.write_text(BAD.format(schema=schema))
-    with pytest.raises(ConfigError, match="tool odd: no usable JSON schema") as caught:
+    with pytest.raises(ConfigError, match=r"MCP server python.*: tool odd: no usable JSON schema") as caught:
         McpServer(McpSettings((sys.executable, str(program))))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("schema", "words"), BROKEN)
+def test_schemas_that_cannot_check_arguments(schema: dict[str, Any], words: str) -> None:
+    """Wrong ones, and such as would be fetched from somewhere while an episode waits."""
+    from mcp.types import Tool as Listed
+
+    with pytest.raises(ConfigError, match="tool odd") as caught:
+        usable(McpSettings(url="http://x"), Listed(name="odd", input_schema=schema))
+    assert words in str(caught.value)
 
 
 def test_a_server_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:

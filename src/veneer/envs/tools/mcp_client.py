@@ -99,7 +99,7 @@ class McpServer:
         self._env, self._headers = (_resolved(getattr(settings, key), key) for key in ("env", "headers"))
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
-        self.listed = [_checked(settings, tool) for tool in _in_a_loop_of_its_own(self._list)]
+        self.listed = [usable(settings, tool) for tool in _in_a_loop_of_its_own(self._list)]
 
     async def _list(self) -> list[ListedTool]:
         connection = self._connect()
@@ -276,7 +276,7 @@ class _Connection:
 # ---------------------------------------------------------------- what servers say
 
 
-def _checked(settings: McpSettings, tool: ListedTool) -> ListedTool:
+def usable(settings: McpSettings, tool: ListedTool) -> ListedTool:
     """Raises:
     ConfigError: its arguments have no valid schema, or one that has to be fetched.
     """
