@@ -13,9 +13,11 @@ from typing import Any
 
 from veneer.envs.arithmetic import arithmetic
 from veneer.envs.calculator import calculator
+from veneer.envs.code import code
 from veneer.envs.digits import count, reverse, sort
+from veneer.envs.tools.questions import tools
 from veneer.envs.worlds import browse, shop, workflow
-from veneer.types import ConfigError, EnvDataset, in_one_line
+from veneer.types import ConfigError, EnvDataset, RequestError, in_one_line
 
 Factory = Callable[..., EnvDataset]
 
@@ -28,6 +30,8 @@ ENVIRONMENTS: dict[str, Factory] = {
     "browse": browse,
     "workflow": workflow,
     "shop": shop,
+    "tools": tools,
+    "code": code,
 }
 
 FAMILIES: dict[str, Factory] = {}
@@ -47,7 +51,7 @@ def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
         raise ConfigError(f"env.args: {error}; {name} takes {inspect.signature(factory)}") from error
     try:
         dataset = factory(**(args or {}))
-    except ConfigError:
+    except RequestError:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(f"env.name: {name} raised {in_one_line(error)}") from error
