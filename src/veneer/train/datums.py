@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,12 +27,24 @@ def trajectory_to_data(trajectory: Trajectory, advantage: float) -> list[Datum]:
     return data
 
 
-def supervised_datum(prompt: Tokens, answer: Tokens) -> Datum:
-    """A datum whose loss is on the answer alone."""
-    row = _Row(None)
-    row.add(prompt, None, 0.0)
-    row.add(answer, np.zeros(len(answer), np.float32), 0.0)
-    return row.shifted()
+def supervised_data(turns: Sequence[tuple[Tokens, Tokens]]) -> list[Datum]:
+    """Prompts and answers of one conversation, in order, to datums whose loss is on the answers alone.
+
+    One datum per run of turns in which each prompt extends the last. A chat template that shows an earlier answer otherwise than it
+    was given, such as without its thinking, begins a new one: every answer is trained behind the very tokens it would be sampled behind.
+    """
+    rows: list[_Row] = []
+    for prompt, answer in turns:
+        if not rows or not rows[-1].is_prefix_of(prompt):
+            rows.append(_Row(None))
+        rows[-1].add(prompt[rows[-1].length :], None, 0.0)
+        rows[-1].add(answer, np.zeros(len(answer), np.float32), 0.0)
+    return [row.shifted() for row in rows]
+
+
+def weighed(datum: Datum, weight: float) -> Datum:
+    """The datum with its trained tokens weighing so much in a sum of losses."""
+    return dataclasses.replace(datum, mask=datum.mask * np.float32(weight))
 
 
 class _Row:
