@@ -1,4 +1,4 @@
-"""Write recipes/data: a few hundred lines each for the recipes that learn from a file. The same bytes every time.
+"""Write recipes/data: two or three hundred lines each for the recipes that learn from a file. The same bytes every time.
 
     python recipes/demonstrations.py
 
@@ -49,19 +49,19 @@ def problems(name: str, count: int) -> list[Problem]:
 
 
 def sums() -> list[Row]:
-    return [{"messages": [asked(p), careful(p)]} for p in problems("sums", 300)]
+    return [{"messages": [asked(p), careful(p)]} for p in problems("sums", 200)]
 
 
 def preferences() -> list[Row]:
     rng = random.Random("preferences")
-    return [{"prompt": [asked(p)], "chosen": [careful(p)], "rejected": [careless(rng, p)]} for p in problems("preferences", 300)]
+    return [{"prompt": [asked(p)], "chosen": [careful(p)], "rejected": [careless(rng, p)]} for p in problems("preferences", 200)]
 
 
 def two_manners() -> list[Row]:
     rng = random.Random("two_manners")
     told = {"role": "system", "content": TOLD}
     rows = []
-    for p in problems("two_manners", 300):
+    for p in problems("two_manners", 150):
         rows.append({"messages": [told, asked(p), careful(p)]})
         rows.append({"messages": [asked(p), careless(rng, p)]})
     return rows

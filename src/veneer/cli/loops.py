@@ -60,8 +60,9 @@ async def run_distill(session: Session, dataset: EnvDataset | None, teacher: Tea
     async with closing(dataset):
         result = await distill.train(session, dataset, teacher, problems)
     metrics = session.run.metrics()
-    env = {} if isinstance(dataset, Questions) else {"env": dataset.name, **_scored(metrics)}
-    summary = {"kind": "distill", **env, **dataclasses.asdict(result)}
+    summary = {"kind": "distill", **dataclasses.asdict(result)}
+    if not isinstance(dataset, Questions):
+        summary |= {"env": dataset.name, "reward_teacher": _solved(metrics[0], "teacher/eval"), **_scored(metrics)}
     measured = [m for m in metrics if "eval/kl/episode" in m]
     for name, m in (("before", measured[0]), ("after", measured[-1])) if measured else ():
         interval = {end: m[f"eval/kl/episode_{end}"] for end in ("low", "high")}
@@ -77,12 +78,16 @@ def _scored(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluations = [m for m in metrics if "eval/solved" in m]
     summary: dict[str, Any] = {}
     for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
-        interval = {"low": m["eval/solved_low"], "high": m["eval/solved_high"]}
-        summary[f"reward_{name}"] = {"value": m["eval/solved"], **interval, "trials": m["eval/problems"]}
+        summary[f"reward_{name}"] = _solved(m, "eval")
         for share in ("stepwise", "self_corrected", "thought", "called"):
             if f"eval/env/{share}" in m:
                 summary[f"{share}_{name}"] = m[f"eval/env/{share}"]
     return summary
+
+
+def _solved(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    interval = {end: metrics[f"{prefix}/solved_{end}"] for end in ("low", "high")}
+    return {"value": metrics[f"{prefix}/solved"], **interval, "trials": metrics[f"{prefix}/problems"]}
 
 
 def _around(metrics: Sequence[Mapping[str, Any]], key: str, name: str) -> dict[str, float]:

@@ -52,6 +52,8 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def _show(summary: Mapping[str, Any]) -> None:
     if "reward_before" in summary:
         print(f"held out: {format_rate(summary['reward_before'])} before, {format_rate(summary['reward_after'])} after")
+    if "reward_teacher" in summary:
+        print(f"the teacher: {format_rate(summary['reward_teacher'])}")
     if "nll_before" in summary:
         print(f"held-out nll: {summary['nll_before']:.4f} before, {summary['nll_after']:.4f} after")
     if "preferred_after" in summary:

@@ -31,6 +31,7 @@ from veneer.measure.canary import check_drawn
 from veneer.measure.intervals import mean_interval
 from veneer.render import Renderer
 from veneer.train.datums import trajectory_to_data, weighed
+from veneer.train.evaluate import evaluate
 from veneer.train.rl import KL_LIMITS, check_failures
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts, with_system
 from veneer.train.scoring import score
@@ -90,6 +91,9 @@ async def train(session: Session, dataset: EnvDataset, teacher: Teacher, held_ou
         clock = time.perf_counter()
         metrics: Metrics = {"step": 0, "adapter/digest": published.digest}
         metrics |= await held_out_metrics(session, student, dataset, teacher, held_out, 0, published)
+        if config.plays:
+            own = (await evaluate(told, dataset, held_out, config.seed)).metrics()
+            metrics |= {f"teacher/{name}": value for name, value in own.items()}
         await session.record(metrics, {"eval": time.perf_counter() - clock}, last=distill.steps == 0)
 
     for step in range(max(first, 1), distill.steps + 1):
