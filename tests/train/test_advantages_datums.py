@@ -138,7 +138,7 @@ def test_every_answer_is_trained_behind_its_own_prompt(turns: list[tuple[list[in
     """Whatever a template does to the past: each answer once, behind exactly the tokens that it would be sampled behind."""
     conversation: list[tuple[list[int], list[int]]] = []
     for more, answer, extends in turns:
-        past = sum(conversation[-1], []) if conversation else []
+        past = [*conversation[-1][0], *conversation[-1][1]] if conversation else []
         conversation.append(((past if extends else [99]) + more, answer))
     data = supervised_data([(np.array(p, np.int64), np.array(a, np.int64)) for p, a in conversation])
     rows = [[*d.tokens.tolist(), int(d.targets[-1])] for d in data]

@@ -13,8 +13,8 @@ from training_helpers import final_weights, open_session, run_session
 from veneer.envs.calculator import CALCULATOR
 from veneer.render import load_renderer
 from veneer.train.config import RunConfig, make_config
-from veneer.train.session import Interrupted
 from veneer.train.rows import batch_indices
+from veneer.train.session import Interrupted
 from veneer.train.sft import load_rows
 from veneer.types import AttestationError, DataError
 

@@ -99,10 +99,11 @@ async def sample_round(session: Session, policy: Policy, dataset: EnvDataset, ro
     kept_P = [choose(group, rejection.bar, rejection.keep) for group in groups_P]
     kept = int(sum(map(sum, kept_P)))
     if not kept:
-        best = max((reward for group in groups_P for reward in group.rewards_G), default=0.0)
+        ended = [t for group in groups_P for t in group.trajectories_G if t.error is None and not t.truncated]
+        best = f"the best reward is {max(t.reward for t in ended):g}" if ended else "none ended within rejection.max_tokens"
         raise RunError(
-            f"round {round_ + 1}: none of {len(indices) * rejection.group_size} episodes is to be imitated (rejection.bar = "
-            f"{rejection.bar:g}, best reward {best:g}); lower the bar, play more episodes, or start from SFT"
+            f"round {round_ + 1}: none of {len(indices) * rejection.group_size} episodes reached rejection.bar = {rejection.bar:g}; "
+            f"{best}; lower the bar, play more episodes, or start from SFT"
         )
     session.run.save_rollouts(step, groups_P, kept_P)
     return {**rollout_metrics(groups_P), "kept": kept, "problems/kept": sum(any(kept_G) for kept_G in kept_P) / len(groups_P)}

@@ -59,7 +59,7 @@ def read_rows(path: Path, key: str, needs: str, held_out: float, make: Callable[
             continue
         try:
             row = make(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
             raise DataError(f"{path}, line {number}: {error}; a line needs {needs}") from error
         (rows if zlib.crc32(line.encode()) / 2**32 >= held_out else kept_apart).append(row)
     if not rows:
@@ -120,7 +120,7 @@ def _divided(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         raise ValueError("chosen and rejected must both be text or both lists of messages")
     shorter = min(len(chosen), len(rejected))
     at = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
-    if isinstance(chosen, str) and at and chosen[at - 1] == " ":
+    if isinstance(chosen, str) and at > 0 and chosen[at - 1] == " ":
         at -= 1
     if at < 1:
         raise ValueError("chosen and rejected have no common beginning, and there is no 'prompt'")
