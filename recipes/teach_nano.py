@@ -23,6 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
 from nano_worlds import CAREFUL as CAREFUL_POLICY
 from nano_worlds import CARELESS as CARELESS_POLICY
 from nano_worlds import FIXED, WORDS, phrases
@@ -30,9 +33,6 @@ from nano_worlds import demonstrate as play
 from pretrain_nano import CAREFUL as SKILLS
 from pretrain_nano import PRACTICE, TOKENS_PER_ROW, encode, weigh_fork
 from pretrain_nano import demonstrate as show
-from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
 from veneer.engine import FullEngine, load_base, set_threads
 from veneer.envs.worlds import browse, shop, workflow
 from veneer.types import AdamParams, Datum, EnvDataset

@@ -24,7 +24,7 @@ STOCK = "veneer.engine.stock"
 """A program of its own: it may import PEFT when it runs, and nothing of ours ever."""
 LIGHT = {"types", "digest"}
 """Modules with the standard library, numpy and veneer's L0 alone."""
-ASSEMBLERS = {"assemble", "hosting", "sides"}
+ASSEMBLERS = {"assemble", "hosting", "loops", "sides"}
 """Modules of cli that bring everything together, and are imported by verbs inside functions."""
 CLI_TOP = {"veneer.cli.lazy", "veneer.cli.output", "veneer.types"}
 """What a verb's module may import of veneer before it is called."""

@@ -280,6 +280,8 @@ class Trajectory:
     """The last turn ran into max_tokens or the context length."""
     group_metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     """What the dataset said of it when it graded the whole group."""
+    observation: Observation | None = None
+    """What the environment showed first."""
 
     @property
     def metrics(self) -> dict[str, float]:

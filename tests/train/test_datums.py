@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.train.datums import groups_to_data, supervised_datum, trajectory_to_data
+from veneer.train.datums import groups_to_data, supervised_data, trajectory_to_data
 from veneer.types import Adapter, DataError, Datum, Sample, Trajectory, TrajectoryGroup, Transition
 
 ADAPTER = Adapter("a", 1, "d" * 64, "base", "b" * 64)
@@ -134,11 +134,30 @@ def test_no_turns_no_data() -> None:
 @given(prompt=TOKENS, answer=TOKENS)
 def test_supervised_loss_is_on_the_answer_alone(prompt: list[int], answer: list[int]) -> None:
     """A model that is trained on questions learns to ask them."""
-    datum = supervised_datum(np.array(prompt, np.int64), np.array(answer, np.int64))
+    (datum,) = supervised_data([(np.array(prompt, np.int64), np.array(answer, np.int64))])
     assert datum.tokens.tolist() == (prompt + answer)[:-1]
     assert datum.targets[datum.mask == 1].tolist() == answer
     assert datum.mask.sum() == len(answer)
     assert datum.adapter is None
+
+
+@given(turns=st.lists(st.tuples(TOKENS, TOKENS, st.booleans()), min_size=1, max_size=6))
+def test_every_answer_is_trained_behind_its_own_prompt(turns: list[tuple[list[int], list[int], bool]]) -> None:
+    """Whatever a template does to the past: each answer once, behind exactly the tokens that it would be sampled behind."""
+    conversation: list[tuple[list[int], list[int]]] = []
+    for more, answer, extends in turns:
+        past = [*conversation[-1][0], *conversation[-1][1]] if conversation else []
+        conversation.append(((past if extends else [99]) + more, answer))
+    data = supervised_data([(np.array(p, np.int64), np.array(a, np.int64)) for p, a in conversation])
+    rows = [[*d.tokens.tolist(), int(d.targets[-1])] for d in data]
+    assert sum(int(d.mask.sum()) for d in data) == sum(len(answer) for _, answer in conversation)
+    at = 0
+    for prompt, answer in conversation:
+        matching = [i for i in range(at, len(rows)) if rows[i][: len(prompt) + len(answer)] == prompt + answer]
+        assert matching
+        at = matching[0]
+        first = len(prompt) - 1
+        assert data[at].mask[first : first + len(answer)].all()
 
 
 def test_datum_refuses_ragged_arrays() -> None:

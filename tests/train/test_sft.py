@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import open_session, run_session
+from training_helpers import final_weights, open_session, run_session
 
+from veneer.envs.calculator import CALCULATOR
 from veneer.render import load_renderer
 from veneer.train.config import RunConfig, make_config
-from veneer.train.session import Interrupted, Session
-from veneer.train.sft import batch_indices, load_rows
+from veneer.train.rows import batch_indices
+from veneer.train.session import Interrupted
+from veneer.train.sft import load_rows
 from veneer.types import AttestationError, DataError
 
 NANO = load_renderer("nano")
@@ -34,11 +36,6 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def final_weights(session: Session) -> dict[str, bytes]:
-    newest = sorted((session.run.folder / "checkpoints").glob("step-*"))[-1]
-    return {p.name: p.read_bytes() for p in newest.glob("*.safetensors")}
-
-
 def test_loss_falls(tmp_path: Path, data: Path) -> None:
     """On rows that were trained on and on rows that were not."""
     session = open_session(config_for(data, steps=16, batch_size=8, learning_rate=5e-3), tmp_path / "run")
@@ -54,7 +51,7 @@ def test_first_loss_is_the_mean_over_answer_tokens(tmp_path: Path, data: Path) -
     """The number in the log is what it says: nats per answer token of the base."""
     session = open_session(config_for(data, steps=1), tmp_path / "run")
     run_session(session)
-    rows = load_rows(data, NANO, 0.2, 2048)[0]
+    rows = [row for (row,) in load_rows(data, NANO, 0.2, 2048)[0]]
     batch = [rows[i] for i in batch_indices(len(rows), 5, 1, 0)]
     output = session.engine.forward(None, batch, "cross_entropy").result()
     by_hand = -sum(float(lp[d.mask == 1].sum()) for lp, d in zip(output.logprobs_D, batch, strict=True)) / sum(d.mask.sum() for d in batch)
@@ -64,7 +61,7 @@ def test_first_loss_is_the_mean_over_answer_tokens(tmp_path: Path, data: Path) -
 def test_only_answers_have_weight(data: Path) -> None:
     """Training on questions is the classic mistake of SFT."""
     rows, held_out = load_rows(data, NANO, 0.2, 2048)
-    answers = sorted(NANO.decode(d.targets[d.mask == 1]) for d in rows + held_out)
+    answers = sorted(NANO.decode(d.targets[d.mask == 1]) for (d,) in rows + held_out)
     expected = [
         NANO.build_supervised_example([{"role": "user", "content": "?"}, {"role": "assistant", "content": c}])[1] for c in ("blue", "green")
     ]
@@ -72,14 +69,43 @@ def test_only_answers_have_weight(data: Path) -> None:
     assert all("colour" not in a for a in answers)
 
 
-def test_whole_conversations_and_tools(tmp_path: Path) -> None:
-    """Lines with "messages" are trained on their last turn."""
-    path = tmp_path / "rows.jsonl"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    path.write_text("\n\n" + json.dumps({"messages": [*messages, {"role": "assistant", "content": "d"}]}) + "\n\n")
-    ((row,), held_out) = load_rows(path, NANO, 0.0, 2048)
+def trained(path: Path, row: dict[str, Any], **how: Any) -> list[str]:
+    """What is trained of a line, a text for each row of tokens."""
+    path.write_text("\n\n" + json.dumps(row) + "\n\n")
+    ((data,), held_out) = load_rows(path, NANO, 0.0, 2048, **how)
     assert held_out == []
-    assert NANO.decode(row.targets[row.mask == 1]).endswith("d<|im_end|>")
+    return [NANO.decode(d.targets[d.mask == 1]) for d in data]
+
+
+CALL = {"name": "calculator", "arguments": {"expression": "2*3"}}
+ASKED = {"role": "assistant", "content": "", "reasoning_content": "use the tool", "tool_calls": [CALL]}
+WITH_A_TOOL = [{"role": "user", "content": "2*3=?"}, ASKED, {"role": "tool", "content": "6"}, {"role": "assistant", "content": "6"}]
+SAID = "<think>\nuse the tool\n</think>\n\n<tool_call>\n" + json.dumps(CALL) + "\n</tool_call><|im_end|>"
+
+
+def test_every_turn_with_tools_is_trained_in_one_row(tmp_path: Path) -> None:
+    """Else the model learns to answer and not to call; and what the tool said is not to be learned."""
+    found = trained(tmp_path / "rows.jsonl", {"messages": WITH_A_TOOL, "tools": [CALCULATOR]})
+    assert found == [SAID + "<think>\n\n</think>\n\n6<|im_end|>"]
+    last = trained(tmp_path / "rows.jsonl", {"messages": WITH_A_TOOL, "tools": [CALCULATOR]}, train_on="last_assistant_message")
+    assert last == ["<think>\n\n</think>\n\n6<|im_end|>"]
+
+
+def test_a_turn_that_the_template_shows_otherwise_later_has_a_row_of_its_own(tmp_path: Path) -> None:
+    """Qwen3's template drops thinking before the newest question: each answer is trained as it is sampled, behind what is shown then."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages.append({"role": "assistant", "content": "d"})
+    path = tmp_path / "rows.jsonl"
+    empty = "<think>\n\n</think>\n\n"
+    assert trained(path, {"messages": messages}) == [f"{empty}b<|im_end|>", f"{empty}d<|im_end|>"]
+    ((data,), _) = load_rows(path, NANO, 0.0, 2048)
+    for datum, history in zip(data, (messages[:1], messages[:3]), strict=True):
+        prompt = NANO.build_generation_prompt(history)  # type: ignore[arg-type]
+        assert datum.tokens[: len(prompt)].tolist() == prompt.tolist()
+        assert not datum.mask[: len(prompt) - 1].any()
+        assert datum.mask[len(prompt) - 1 :].all()
+    assert trained(path, {"messages": messages}, train_on="last_assistant_message") == [f"{empty}d<|im_end|>"]
+    assert trained(path, {"prompt": messages[:3], "completion": messages[3:]}) == [f"{empty}d<|im_end|>"]
 
 
 def test_split_is_by_text(tmp_path: Path, data: Path) -> None:
@@ -91,7 +117,7 @@ def test_split_is_by_text(tmp_path: Path, data: Path) -> None:
 
     def texts(path: Path) -> tuple[set[str], set[str]]:
         kept, held = load_rows(path, NANO, 0.3, 2048)
-        return {NANO.decode(d.tokens) for d in kept}, {NANO.decode(d.tokens) for d in held}
+        return {NANO.decode(d.tokens) for (d,) in kept}, {NANO.decode(d.tokens) for (d,) in held}
 
     train, held = texts(data)
     more_train, more_held = texts(shuffled)
@@ -184,5 +210,5 @@ def test_lines_end_at_newlines_alone(tmp_path: Path, separator: str) -> None:
     """JSON strings may hold Unicode's other line ends as they are; scraped text does."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": f"a{separator}b", "completion": "c"}, ensure_ascii=False) + "\n")
-    ((row,), _) = load_rows(path, NANO, 0.0, 2048)
+    (((row,),), _) = load_rows(path, NANO, 0.0, 2048)
     assert f"a{separator}b" in NANO.decode(row.tokens)

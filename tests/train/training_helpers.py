@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from veneer.cli.loops import LOOPS
 from veneer.engine import LocalEngine, LoraEngine, load_base
 from veneer.envs import load_env
 from veneer.render import load_renderer
 from veneer.store.run import Run
-from veneer.train import rl, sft
+from veneer.train import dpo, rejection, rl, sft
 from veneer.train.config import RunConfig, make_config
+from veneer.train.distill import Teacher
 from veneer.train.session import Session
+from veneer.types import Checkpoint, LoraConfig
 
 ENV = '''
 import asyncio
@@ -105,10 +111,10 @@ def config_of(tmp_path: Path, fault: str = "", every: int = 4, **sections: Any) 
     return make_config(tree)
 
 
-def open_session(config: RunConfig, folder: Path) -> Session:
+def open_session(config: RunConfig, folder: Path, init: Checkpoint | None = None) -> Session:
     """A session on an engine of its own."""
     engine = LoraEngine(load_base(config.base))
-    return Session(engine, load_renderer(config.base), config, Run(folder, config.to_toml()))
+    return Session(engine, load_renderer(config.base), config, Run(folder, config.to_toml()), init)
 
 
 def engine_of(session: Session) -> LocalEngine:
@@ -116,11 +122,33 @@ def engine_of(session: Session) -> LocalEngine:
     return session.engine
 
 
-def run_session(session: Session) -> rl.RlResult | sft.SftResult:
+def run_session(session: Session, teacher: Teacher | None = None) -> Any:
     """Play the loop of the session's kind to its end."""
+    config = session.config
+    dataset = load_env(config.env.name, config.env.args) if config.plays else None
+    plain = {"sft": sft.train, "dpo": dpo.train}
     try:
-        if session.config.kind == "sft":
-            return asyncio.run(sft.train(session))
-        return asyncio.run(rl.train(session, load_env(session.config.env.name, session.config.env.args)))
+        if config.kind in plain:
+            return asyncio.run(plain[config.kind](session))
+        if config.kind == "distill":
+            return asyncio.run(LOOPS["distill"](session, dataset, teacher))
+        assert dataset is not None
+        return asyncio.run({"rl": rl.train, "rejection": rejection.train}[config.kind](session, dataset))
     finally:
         session.run.close()
+
+
+def final_weights(session: Session) -> dict[str, bytes]:
+    """Of the newest checkpoint, file by file."""
+    newest = sorted((session.run.folder / "checkpoints").glob("step-*"))[-1]
+    return {p.name: p.read_bytes() for p in newest.glob("*.safetensors")}
+
+
+def random_adapter(session: Session, name: str, seed: int, scale: float = 0.02) -> Checkpoint:
+    """An adapter on the session's engine that does something: random A and B."""
+    session.engine.create_adapter(name, LoraConfig(rank=2))
+    fresh = session.engine.save_state(name, "sampler").result()
+    rng = np.random.default_rng(seed)
+    weights = {key: rng.normal(0, scale, array.shape).astype(np.float32) for key, array in fresh.weights.items()}
+    session.engine.load_state(name, dataclasses.replace(fresh, weights=weights)).result()
+    return session.engine.save_state(name, "sampler").result()

@@ -78,7 +78,9 @@ def show(adapter: str, as_json: bool) -> None:
     registry = _registry()
     checkpoint, entry = registry.read(adapter)
     sizes = {"parameters": sum(a.size for a in checkpoint.weights.values()), "bytes": sum(a.nbytes for a in checkpoint.weights.values())}
-    document = {**read_manifest(entry.folder), "steps": checkpoint.adapter.version, **sizes, **entry.document()}
+    made_from = [ancestor.reference for ancestor in registry.lineage(adapter)]  # the base is the last
+    known = {"steps": checkpoint.adapter.version, "lineage": made_from, **sizes}
+    document = {**read_manifest(entry.folder), **known, **entry.document()}
 
     def human() -> None:
         for key, value in document.items():

@@ -8,6 +8,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from veneer.cli.loops import LOOPS
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
 from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.render import Renderer
 from veneer.store.adapters import ALORA, read_manifest
-from veneer.store.entry import Entry, Score, check_compatible, now
+from veneer.store.entry import Entry, Parent, Score, check_compatible, now
 from veneer.store.files import veneer_home
 from veneer.store.registry import Registry, is_path
 from veneer.store.run import REPORT, SUMMARY, Run
-from veneer.train import rl, sft
 from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_config
+from veneer.train.distill import Teacher
+from veneer.train.pipeline import Stage
 from veneer.train.report import render_report
-from veneer.train.rollouts import closing
 from veneer.train.session import Session, stop_signals
-from veneer.types import AdapterError, Checkpoint, EnvDataset, Tokens
+from veneer.types import AdapterError, Checkpoint, ConfigError, EnvDataset, Tokens, VeneerError
 
 PATIENCE = 600.0
 """Seconds that a pass through the base may take."""
+TEACHER = "(teacher)"
+"""What a teacher's adapter is called in its engine; no run can have this name."""
 
 
 @dataclass
@@ -80,13 +84,21 @@ class Machine:
         return found is not None and np.array_equal(found.detach().float().cpu().numpy(), array)
 
 
-def start(base: str, threads: int, weights: str = "lora", device: str = "auto", *, gradient_checkpointing: bool = False) -> Machine:
-    """Load a base."""
+def start(
+    base: str,
+    threads: int,
+    weights: str = "lora",
+    device: str = "auto",
+    *,
+    gradient_checkpointing: bool = False,
+    beside: LocalEngine | None = None,
+) -> Machine:
+    """Load a base. ``beside``: an engine whose threads a low-rank one shares."""
     set_threads(1)
     loaded = load_base(base, device)
     assert loaded.tokenizer is not None
     if weights == "lora":
-        engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE, threads=threads)
+        engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE, threads=threads, beside=beside)
     else:
         engine = FullEngine(loaded, patience=PATIENCE, threads=threads)
     gc.freeze()  # what is loaded by now stays: a full collection would walk all of torch and transformers, 0.2 s at a time
@@ -127,6 +139,11 @@ def home_of(reference: str, env: str | None = None, env_args: Sequence[str] = ()
     return Home(chosen.env, max_tokens or settings.get("max_tokens", chosen.rl.max_tokens))
 
 
+def start_run(config: RunConfig) -> Machine:
+    """Load what a run trains on."""
+    return start(config.base, config.threads, config.weights, config.device, gradient_checkpointing=config.gradient_checkpointing)
+
+
 def run_folder(config: RunConfig) -> Path:
     return Path(config.folder) if config.folder else veneer_home() / "runs" / config.name
 
@@ -136,23 +153,31 @@ def pinned(reference: str) -> str:
     return reference if not reference or is_path(reference) else Registry().resolve(reference).reference
 
 
-def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> tuple[dict[str, Any], Machine, Run]:
-    """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary."""
+def execute(
+    config: RunConfig, on_step: Callable[[Mapping[str, Any]], None], machine: Machine | None = None
+) -> tuple[dict[str, Any], Machine, Run]:
+    """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary. ``machine``: one that was started
+    for the same base, kind of weights and device."""
     started = time.perf_counter()
-    dataset = load_env(config.env.name, config.env.args) if config.kind == "rl" else None
-    machine = start(config.base, config.threads, config.weights, config.device, gradient_checkpointing=config.gradient_checkpointing)
+    dataset = load_env(config.env.name, config.env.args) if config.plays else None
+    machine = machine or start_run(config)
     config = config.model_copy(update={"device": machine.engine.base.device.type, "init": pinned(config.init)})
     init = machine.read(config.init) if config.init else None
     if init is not None and init.config is not None:  # the adapter brings its own shape
         shape = {key: value for key, value in dataclasses.asdict(init.config).items() if key != "seed"}
         config = config.model_copy(update={"lora": LoraSettings(**shape)})
+    teacher, parents = None, ()
+    if config.kind == "distill":
+        distill = config.distill.model_copy(update={"teacher": pinned(config.distill.teacher)})
+        config = config.model_copy(update={"distill": distill})
+        teacher, parents = load_teacher(config, machine)
     run = Run(run_folder(config), config.to_toml())
     try:
-        session = Session(machine.engine, machine.renderer, config, run, init, on_step)
+        session = Session(machine.engine, machine.renderer, config, run, init, on_step, parents)
         saved = run.newest_checkpoint()
         earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
         with stop_signals(session.stop):
-            summary = asyncio.run(_loop(session, dataset))
+            summary = asyncio.run(LOOPS[config.kind](session, dataset, teacher))
         saved = machine.engine.save_state(session.adapter, "sampler").result()
         checkpoint = with_canary(machine.engine, session.adapter, saved, session.canary)
         version = Registry().put(session.adapter, checkpoint, session.facts(**_scores(config, summary)))
@@ -174,11 +199,68 @@ def execute(config: RunConfig, on_step: Callable[[Mapping[str, Any]], None]) -> 
         run.close()
 
 
+def load_teacher(config: RunConfig, machine: Machine) -> tuple[Teacher, tuple[Parent, ...]]:
+    """The teacher of a distillation, on the student's engine if it can be, and the adapter that it is.
+
+    Raises:
+        ConfigError: there is none, or it has another tokenizer.
+        AdapterError, AttestationError: the adapter does not fit its base, or does not do what it did where it was saved.
+    """
+    told = config.distill
+    if not (told.teacher or told.teacher_base or told.teacher_prompt or config.init):
+        raise ConfigError("distill: the teacher would be the student; give distill.teacher, teacher_base or teacher_prompt")
+    weights = "full" if told.teacher and Registry().resolve(told.teacher).rank is None else "lora"
+    there = machine
+    if told.teacher_base or (told.teacher and weights != config.weights):
+        there = start(told.teacher_base or config.base, config.threads, weights, config.device, beside=machine.engine)
+    theirs, mine = there.renderer.tokenizer_digest, machine.renderer.tokenizer_digest
+    if theirs != mine:
+        raise ConfigError(
+            f"distill.teacher_base: {told.teacher_base!r} has another tokenizer ({theirs[:12]}; the student's is {mine[:12]}): a token "
+            "must mean the same to both"
+        )
+    if not told.teacher:
+        return Teacher(there.engine, None, None, told.teacher_prompt), ()
+    checkpoint = there.read(told.teacher)
+    there.engine.load_state(TEACHER, checkpoint).result()
+    check_loaded(there.engine, TEACHER, checkpoint, there.canary)
+    digest = checkpoint.adapter.digest
+    reference = checkpoint.adapter.name if is_path(told.teacher) else told.teacher
+    return Teacher(there.engine, TEACHER, digest, told.teacher_prompt), (Parent(reference, digest),)
+
+
+def execute_stages(
+    stages: Sequence[Stage], watch: Callable[[int, RunConfig], AbstractContextManager[Callable[[Mapping[str, Any]], None]]]
+) -> list[dict[str, Any]]:
+    """Run the stages of a pipeline one after the other, or go on with them. Returns their summaries.
+
+    Raises:
+        VeneerError: as a stage has it; the message names the stage.
+    """
+    summaries: list[dict[str, Any]] = []
+    machines: dict[tuple[object, ...], Machine] = {}
+    for number, stage in enumerate(stages):
+        config = stage.config
+        if stage.follows:
+            config = config.model_copy(update={"init": summaries[-1]["adapter"]})
+        loaded = (config.base, config.threads, config.weights, config.device, config.gradient_checkpointing)
+        try:
+            if loaded not in machines:
+                machines[loaded] = start_run(config)
+            with watch(number, config) as on_step:
+                summary, machine, _ = execute(config, on_step, machines[loaded])
+            machine.engine.remove_adapter(config.name)
+        except VeneerError as error:
+            raise type(error)(f"stage {number} ({config.name}): {error}") from error
+        summaries.append(summary)
+    return summaries
+
+
 def _scores(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What the run measured of its adapter, and of what it began from, for the manifest."""
     if "reward_after" not in summary:
         return {}
-    settings = {"args": config.env.args, "max_tokens": config.rl.max_tokens}
+    settings = {"args": config.env.args, "max_tokens": config.max_tokens}
     before, after = (score_of(summary["env"], summary[key], config.seed, settings) for key in ("reward_before", "reward_after"))
     return {"scores": [dataclasses.asdict(after)], "score_before": dataclasses.asdict(before)}
 
@@ -186,26 +268,3 @@ def _scores(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
 def score_of(env: str, rate: Mapping[str, Any], seed: int, settings: Mapping[str, Any]) -> Score:
     """A rate (value, low, high, trials) as the registry keeps it."""
     return Score(env, rate["value"], rate["low"], rate["high"], rate["trials"], seed, now(), settings)
-
-
-async def _loop(session: Session, dataset: EnvDataset | None) -> dict[str, Any]:
-    if dataset is None:
-        result = await sft.train(session)
-        losses = [m["eval/mean_nll"] for m in session.run.metrics() if "eval/mean_nll" in m]
-        around = {"nll_before": losses[0], "nll_after": losses[-1]} if losses else {}
-        return {"kind": "sft", **dataclasses.asdict(result), **around}
-    async with closing(dataset):
-        result = await rl.train(session, dataset)
-    evaluations = [m for m in session.run.metrics() if "eval/solved" in m]
-    summary: dict[str, Any] = {"kind": "rl", "env": dataset.name, **dataclasses.asdict(result)}
-    for name, metrics in (("before", evaluations[0]), ("after", evaluations[-1])):
-        summary[f"reward_{name}"] = {
-            "value": metrics["eval/solved"],
-            "low": metrics["eval/solved_low"],
-            "high": metrics["eval/solved_high"],
-            "trials": metrics["eval/problems"],
-        }
-        for share in ("stepwise", "self_corrected", "thought", "called"):
-            if f"eval/env/{share}" in metrics:
-                summary[f"{share}_{name}"] = metrics[f"eval/env/{share}"]
-    return summary

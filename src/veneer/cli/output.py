@@ -10,6 +10,22 @@ from typing import Any
 
 import click
 
+SHOWN = (
+    ("reward/total", "reward", ".2f"),
+    ("by_group/frac_mixed", "useful groups", ".2f"),
+    ("optim/entropy", "entropy", ".2f"),
+    ("tokens/mean", "tokens", ".0f"),
+    ("kept", "kept", "d"),
+    ("train_mean_nll", "nll", ".3f"),
+    ("eval/mean_nll", "held-out nll", ".3f"),
+    ("rewards/margins", "margin", ".3f"),
+    ("eval/rewards/margins", "held-out margin", ".3f"),
+    ("eval/rewards/accuracies", "preferred", ".3f"),
+    ("kl/student_teacher", "kl to the teacher", ".3f"),
+    ("kl/teacher_student", "kl from the teacher", ".3f"),
+    ("eval/kl/student_teacher", "held-out kl", ".3f"),
+)
+"""(metric, what it is called while it runs, how it is written)"""
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
@@ -66,13 +82,7 @@ def _held_out(metrics: Mapping[str, Any]) -> str:
 
 def _line(metrics: Mapping[str, Any]) -> str:
     parts = [f"step {metrics['step']}"]
-    if "reward/total" in metrics:
-        parts.append(f"reward {metrics['reward/total']:.2f}  useful groups {metrics['by_group/frac_mixed']:.2f}")
-        parts.append(f"entropy {metrics['optim/entropy']:.2f}  tokens {metrics['tokens/mean']:.0f}")
-    if "train_mean_nll" in metrics:
-        parts.append(f"nll {metrics['train_mean_nll']:.3f}")
-    if "eval/mean_nll" in metrics:
-        parts.append(f"held-out nll {metrics['eval/mean_nll']:.3f}")
+    parts += [f"{text} {metrics[key]:{form}}" for key, text, form in SHOWN if key in metrics]
     if "eval/solved" in metrics:
         parts.append(f"held out {_held_out(metrics)}")
     return "  ".join(parts)

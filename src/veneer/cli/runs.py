@@ -24,15 +24,17 @@ def command(as_json: bool) -> None:
         config = tomllib.loads((folder / CONFIG).read_text())
         done = (folder / SUMMARY).is_file()
         summary = json.loads((folder / SUMMARY).read_text()) if done else {}
+        kind, loop = config["kind"], config[config["kind"]]
+        plays = kind in ("rl", "rejection") or (kind == "distill" and not loop["data"])
         lines = (folder / METRICS).read_text().count("\n") if (folder / METRICS).is_file() else 0
         documents.append(
             {
                 "name": folder.name,
                 "folder": str(folder),
-                "kind": config["kind"],
-                "env": config["env"]["name"] if config["kind"] == "rl" else None,
+                "kind": kind,
+                "env": config["env"]["name"] if plays else None,
                 "steps": max(0, lines - 1),
-                "of": config[config["kind"]]["steps"],
+                "of": loop["steps"] * loop.get("rounds", 1),
                 "done": done,
                 "reward_before": summary.get("reward_before"),
                 "reward_after": summary.get("reward_after"),

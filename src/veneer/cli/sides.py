@@ -139,7 +139,7 @@ def write_on(machine: Machine, name: str, prompts: int, seed: int) -> list[Writt
 
 
 def _written(trajectory: Trajectory, reward: float | None) -> Written:
-    data = trajectory_to_data(trajectory, [0.0] * len(trajectory.transitions))
+    data = trajectory_to_data(trajectory)
     return Written(Text([datum.logprobs[datum.mask > 0] for datum in data], reward), data)
 
 

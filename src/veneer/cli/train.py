@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,26 +20,48 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Train an adapter as FILE.toml says.
 
     The run is kept in $VENEER_HOME/runs/NAME. The same command again goes on from the last checkpoint of an interrupted
-    run, to the same bytes. Keys are described in docs/configuration.md.
+    run, to the same bytes. A file with [[stages]] is a pipeline of runs. Keys are described in docs/configuration.md.
     """
     from veneer.train.config import load_config
+    from veneer.train.pipeline import load_stages
 
+    stages = load_stages(file, overrides)
+    if stages:
+        from veneer.cli.assemble import execute_stages
+
+        def watch(number: int, config: Any) -> Any:
+            print(f"stage {number}: {config.name} ({config.kind})", file=sys.stderr)
+            return progress(config.total_steps)
+
+        summaries = execute_stages(stages, watch)
+
+        def human_stages() -> None:
+            for summary in summaries:
+                _show(summary)
+
+        emit({"stages": summaries}, as_json, human_stages)
+        return
     config = load_config(file, overrides)
     from veneer.cli.assemble import execute
 
-    steps = config.rl.steps if config.kind == "rl" else config.sft.steps
-    with progress(steps) as on_step:
+    with progress(config.total_steps) as on_step:
         summary, _, _ = execute(config, on_step)
+    emit(summary, as_json, lambda: _show(summary))
 
-    def human() -> None:
-        if "reward_before" in summary:
-            print(f"held out: {format_rate(summary['reward_before'])} before, {format_rate(summary['reward_after'])} after")
-        if "nll_before" in summary:
-            print(f"held-out nll: {summary['nll_before']:.4f} before, {summary['nll_after']:.4f} after")
-        if summary.get("stopped"):
-            print(f"stopped early: {summary['stopped']}")
-        digest = summary["base_digest_after"][:16]
-        print(f"adapter {summary['adapter']}, {summary['trainable_parameters']:,} parameters; base unchanged: {digest}")
-        print(f"report: {summary['run_folder']}/report.html")
 
-    emit(summary, as_json, human)
+def _show(summary: Mapping[str, Any]) -> None:
+    if "reward_before" in summary:
+        print(f"held out: {format_rate(summary['reward_before'])} before, {format_rate(summary['reward_after'])} after")
+    if "reward_teacher" in summary:
+        print(f"the teacher: {format_rate(summary['reward_teacher'])}")
+    if "nll_before" in summary:
+        print(f"held-out nll: {summary['nll_before']:.4f} before, {summary['nll_after']:.4f} after")
+    if "preferred_after" in summary:
+        print(f"held-out pairs preferred: {format_rate(summary['preferred_after'])}, reward margin {summary['margin_after']:.3f}")
+    if "kl_before" in summary:
+        print(f"nats an episode from the teacher: {format_rate(summary['kl_before'])} before, {format_rate(summary['kl_after'])} after")
+    if summary.get("stopped"):
+        print(f"stopped early: {summary['stopped']}")
+    digest = summary["base_digest_after"][:16]
+    print(f"adapter {summary['adapter']}, {summary['trainable_parameters']:,} parameters; base unchanged: {digest}")
+    print(f"report: {summary['run_folder']}/report.html")

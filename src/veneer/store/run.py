@@ -117,6 +117,11 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             write_text(path, "".join(line + "\n" for line in lines))
 
+    def rollouts(self, step: int) -> list[dict[str, Any]]:
+        """What ``save_rollouts`` has kept of a training step."""
+        path = self.folder / "rollouts" / f"step-{step:06d}.jsonl"
+        return [json.loads(line) for line in _whole_lines(path)]
+
     def write(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)
 

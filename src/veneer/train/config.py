@@ -116,7 +116,9 @@ class RlSettings(Settings):
 
 class SftSettings(Settings):
     data: str = ""
-    """A jsonl file; each line has "messages", or "prompt" and "completion"."""
+    """A jsonl file; each line has "messages", or "prompt" and "completion", and perhaps "tools"."""
+    train_on: Literal["all_assistant_messages", "last_assistant_message"] = "all_assistant_messages"
+    """all_assistant_messages or last_assistant_message; never those of a "prompt"."""
     steps: int = Field(default=100, ge=0)
     """Optimizer steps."""
     batch_size: int = Field(default=16, ge=1)
@@ -129,6 +131,81 @@ class SftSettings(Settings):
     """Share of the lines, chosen by their text, that is kept for evaluation."""
 
 
+class DpoSettings(Settings):
+    data: str = ""
+    """A jsonl file; each line has "prompt", "chosen" and "rejected", or the last two alone, and perhaps "tools"."""
+    beta: float = Field(default=0.1, gt=0)
+    """How dear it is to leave the reference; a smaller one lets the policy go further."""
+    steps: int = Field(default=100, ge=0)
+    """Optimizer steps."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pairs a step."""
+    learning_rate: float = Field(default=3e-4, ge=0)
+    """Constant."""
+    grad_clip_norm: float = Field(default=0.0, ge=0)
+    """0 is off."""
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the lines, chosen by their text, that is kept for evaluation."""
+
+
+class RejectionSettings(Settings):
+    rounds: int = Field(default=1, ge=1)
+    """How often episodes are sampled anew, each time from what the rounds before have trained."""
+    problems: int = Field(default=128, ge=1)
+    """Problems a round."""
+    group_size: int = Field(default=8, ge=1)
+    """Episodes of each problem."""
+    max_tokens: int = Field(default=72, ge=1)
+    """Length limit of one turn."""
+    bar: float = 1.0
+    """The reward that an episode must reach to be kept."""
+    keep: int = Field(default=2, ge=1)
+    """At most so many different episodes of a problem are kept."""
+    steps: int = Field(default=40, ge=1)
+    """Optimizer steps a round."""
+    batch_size: int = Field(default=16, ge=1)
+    """Episodes a step."""
+    learning_rate: float = Field(default=1e-3, ge=0)
+    """Constant."""
+    grad_clip_norm: float = Field(default=0.0, ge=0)
+    """0 is off."""
+
+
+class DistillSettings(Settings):
+    teacher: str = ""
+    """An adapter: NAME, NAME@VERSION, NAME@LABEL or a folder. Empty: the base itself."""
+    teacher_base: str = ""
+    """Another base for the teacher, with the same tokenizer: a Hugging Face name or a folder. Empty: the student's."""
+    teacher_prompt: str = ""
+    """A system message that the teacher sees and the student does not."""
+    on_policy: bool = True
+    """true: the student samples, and the teacher judges every token. false: the teacher samples, and the student imitates it."""
+    top_k: int = Field(default=1, ge=1)
+    """Off-policy: the teacher's k likeliest tokens at every place as soft targets; 1: the token that it sampled."""
+    data: str = ""
+    """A jsonl file of questions; each line has "prompt" or "messages". Empty: those of the environment."""
+    steps: int = Field(default=60, ge=0)
+    """Optimizer steps."""
+    groups_per_batch: int = Field(default=16, ge=1)
+    """Problems or questions a step."""
+    group_size: int = Field(default=4, ge=1)
+    """Samples of each."""
+    max_tokens: int = Field(default=72, ge=1)
+    """Length limit of one turn."""
+    learning_rate: float = Field(default=1e-3, ge=0)
+    """Constant."""
+    grad_clip_norm: float = Field(default=0.0, ge=0)
+    """0 is off."""
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the file's lines, chosen by their text, that is kept for evaluation."""
+
+    @model_validator(mode="after")
+    def _has_one_way(self) -> DistillSettings:
+        if self.on_policy and self.top_k > 1:
+            raise ValueError("top_k is for on_policy = false: on-policy the student's own tokens are the targets")
+        return self
+
+
 class EvalSettings(Settings):
     problems: int = Field(default=256, ge=1)
     """Held-out problems, one completion each."""
@@ -137,8 +214,8 @@ class EvalSettings(Settings):
 
 
 class RunConfig(Settings):
-    kind: Literal["rl", "sft"] = "rl"
-    """Which loop."""
+    kind: Literal["rl", "sft", "dpo", "rejection", "distill"] = "rl"
+    """Which loop: rl, sft, dpo, rejection or distill; the section of that name holds its settings."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Names the run's folder and the adapter."""
     folder: str = ""
@@ -163,11 +240,29 @@ class RunConfig(Settings):
     env: EnvSettings = EnvSettings()
     rl: RlSettings = RlSettings()
     sft: SftSettings = SftSettings()
+    dpo: DpoSettings = DpoSettings()
+    rejection: RejectionSettings = RejectionSettings()
+    distill: DistillSettings = DistillSettings()
     eval: EvalSettings = EvalSettings()
 
     def lora_config(self) -> LoraConfig | None:
         """What the engine is to create; None for full fine-tuning."""
         return None if self.weights == "full" else LoraConfig(**self.lora.model_dump(), seed=self.seed)
+
+    @property
+    def plays(self) -> bool:
+        """Whether the loop plays the environment."""
+        return self.kind in ("rl", "rejection") or (self.kind == "distill" and not self.distill.data)
+
+    @property
+    def max_tokens(self) -> int:
+        """The limit of one turn of a loop that samples."""
+        return getattr(self, self.kind).max_tokens
+
+    @property
+    def total_steps(self) -> int:
+        loop = getattr(self, self.kind)
+        return loop.rounds * loop.steps if self.kind == "rejection" else loop.steps
 
     def to_toml(self) -> str:
         """The resolved configuration, every key written out."""
@@ -180,14 +275,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file, a key or a value is wrong.
     """
+    return make_config({"name": path.stem, **read_toml(path)}, overrides)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid TOML: {error}") from error
-    values.setdefault("name", path.stem)
-    return make_config(values, overrides)
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -198,20 +299,36 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run
     """
     tree: dict[str, Any] = copy.deepcopy(dict(values))
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: write KEY=VALUE, such as rl.steps=40")
-        *sections, leaf = key.strip().split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
-        node[leaf] = _parse_value(text.strip())
+        override_in(tree, override)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
+
+
+def override_in(tree: dict[str, Any], override: str) -> None:
+    """Apply KEY=VALUE to nested tables; a number is a place in a list.
+
+    Raises:
+        ConfigError: it cannot be applied.
+    """
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write KEY=VALUE, such as rl.steps=40")
+    *sections, leaf = key.strip().split(".")
+    node: Any = tree
+    for section in sections:
+        if isinstance(node, list):
+            if not section.isdecimal() or int(section) >= len(node):
+                raise ConfigError(f"--set {override}: there is no place {section!r}; there are 0 to {len(node) - 1}")
+            node = node[int(section)]
+        else:
+            node = node.setdefault(section, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
+    if isinstance(node, list):
+        raise ConfigError(f"--set {override}: name a key behind the place, such as stages.0.seed=1")
+    node[leaf] = _parse_value(text.strip())
 
 
 def _parse_value(text: str) -> Any:

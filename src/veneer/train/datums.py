@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,11 +25,13 @@ def groups_to_data(groups_P: Sequence[TrajectoryGroup], advantages_P: Advantages
     ]
 
 
-def trajectory_to_data(trajectory: Trajectory, advantages_T: Sequence[float]) -> list[Datum]:
+def trajectory_to_data(trajectory: Trajectory, advantages_T: Sequence[float] | None = None) -> list[Datum]:
     """One datum per run of turns in which each prompt extends the last; normally one for the whole episode.
 
-    A turn's advantage stands on every token that was sampled in it; mask is 1 there and 0 on all that was not sampled.
+    A turn's advantage stands on every token that was sampled in it, 0 where none is given; mask is 1 there and 0 on all that was not
+    sampled.
     """
+    advantages_T = [0.0] * len(trajectory.transitions) if advantages_T is None else advantages_T
     data: list[Datum] = []
     row: _Row | None = None
     for turn, advantage in zip(trajectory.transitions, advantages_T, strict=True):
@@ -41,12 +44,24 @@ def trajectory_to_data(trajectory: Trajectory, advantages_T: Sequence[float]) ->
     return data
 
 
-def supervised_datum(prompt: Tokens, answer: Tokens) -> Datum:
-    """A datum whose loss is on the answer alone."""
-    row = _Row(None)
-    row.add(prompt, None, 0.0)
-    row.add(answer, np.zeros(len(answer), np.float32), 0.0)
-    return row.shifted()
+def supervised_data(turns: Sequence[tuple[Tokens, Tokens]]) -> list[Datum]:
+    """Prompts and answers of one conversation, in order, to datums whose loss is on the answers alone.
+
+    One datum per run of turns in which each prompt extends the last. A chat template that shows an earlier answer otherwise than it
+    was given, such as without its thinking, begins a new one: every answer is trained behind the very tokens it would be sampled behind.
+    """
+    rows: list[_Row] = []
+    for prompt, answer in turns:
+        if not rows or not rows[-1].is_prefix_of(prompt):
+            rows.append(_Row(None))
+        rows[-1].add(prompt[rows[-1].length :], None, 0.0)
+        rows[-1].add(answer, np.zeros(len(answer), np.float32), 0.0)
+    return [row.shifted() for row in rows]
+
+
+def weighed(datum: Datum, weight: float) -> Datum:
+    """The datum with its trained tokens weighing so much in a sum of losses."""
+    return dataclasses.replace(datum, mask=datum.mask * np.float32(weight))
 
 
 class _Row:

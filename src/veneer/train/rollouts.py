@@ -18,6 +18,7 @@ from veneer.types import (
     Env,
     EnvDataset,
     GroupGrader,
+    Message,
     Observation,
     SamplingParams,
     Split,
@@ -42,6 +43,10 @@ class Policy:
     """An environment call that takes longer fails its rollout."""
     env_retries: int = 0
     """How often a rollout that failed is played anew, from the start and with other draws."""
+    system: str = ""
+    """What it is told, as a system message, before what a problem begins with."""
+    top_logprobs: int = 0
+    """Of how many of the likeliest tokens its samples bring the log-probabilities."""
 
 
 @asynccontextmanager
@@ -77,30 +82,39 @@ async def _play(policy: Policy, dataset: EnvDataset, split: Split, index: int, s
     try:
         env = await in_env(lambda: _made(dataset, split, index), "env", seconds)
         first = expect(await in_env(env.initial_observation, "initial_observation", seconds), Observation, "initial_observation")
-        prompt = rendered(lambda: policy.renderer.build_generation_prompt(first.messages, first.tools))
+        prompt = rendered(lambda: policy.renderer.build_generation_prompt(with_system(policy.system, first.messages), first.tools))
         if len(prompt) >= policy.engine.context_length:
             raise EnvFailure(
                 f"the prompt of problem {index} has {len(prompt)} tokens; the base's context is {policy.engine.context_length}"
             )
         while True:
             params = replace(policy.params, seed=derive_seed(seed, len(turns)))
-            (sample,) = await policy.engine.sample(prompt, policy.adapter, params)
+            (sample,) = await policy.engine.sample(prompt, policy.adapter, params, top_logprobs=policy.top_logprobs)
             action = policy.renderer.parse_response(sample.tokens, sample.stop_reason == "stop")
             result = expect(await in_env(partial(env.step, action), "step", seconds), StepResult, "step")
             metrics = checked_metrics(result.metrics)
             turns.append(Transition(prompt, sample, action, checked_number(result.reward, "step's reward"), metrics))
             total = sum(t.reward for t in turns)
             if result.episode_done or sample.stop_reason == "length":
-                return Trajectory(turns, total, truncated=sample.stop_reason == "length")
+                return Trajectory(turns, total, truncated=sample.stop_reason == "length", observation=first)
             prompt = rendered(partial(policy.renderer.extend, prompt, sample.tokens, result.next_messages))
             if len(prompt) >= policy.engine.context_length:
-                return Trajectory(turns, total, truncated=True)
+                return Trajectory(turns, total, truncated=True, observation=first)
     except EnvFailure as failure:
         return Trajectory(turns, 0.0, error=str(failure))
     finally:
         if isinstance(env, Closable):
             with suppress(EnvFailure):  # the episode is over, and what it earned stands
                 await in_env(env.close, "close", seconds)
+
+
+def with_system(system: str, messages: Sequence[Message]) -> list[Message]:
+    """The messages behind a system message; one that is there goes on behind it."""
+    if not system:
+        return list(messages)
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def rendered(render: Callable[[], Tokens]) -> Tokens:

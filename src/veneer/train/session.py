@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,8 @@ class Session:
     init: Checkpoint | None = None
     on_step: Callable[[Metrics], None] = lambda metrics: None
     """Told of every line of metrics.jsonl as it is written."""
+    teachers: Sequence[Parent] = ()
+    """Adapters beside ``init`` that this one learns from: it may know what they know."""
     trainable: int = 0
     base_before: str = ""
     """The base's digest in memory when the session began."""
@@ -61,7 +63,7 @@ class Session:
             "tokenizer_digest": self.renderer.tokenizer_digest,
             "template_digest": self.renderer.template_digest,
             "stage": self.config.kind,
-            "env": self.config.env.name if self.config.kind == "rl" else None,
+            "env": self.config.env.name if self.config.plays else None,
             "seed": self.config.seed,
             "parents": [dataclasses.asdict(parent) for parent in self._parents()],
             "run": self.config.name,
@@ -70,9 +72,10 @@ class Session:
 
     def _parents(self) -> list[Parent]:
         if self.init is None:
-            return []
+            return [*self.teachers]
         reference = self.init.adapter.name if is_path(self.config.init) else self.config.init
-        return [Parent(reference, self.init.adapter.digest)]
+        first = Parent(reference, self.init.adapter.digest)
+        return [first, *(teacher for teacher in self.teachers if teacher != first)]
 
     async def resume(self) -> int:
         """Bring the adapter to where the run stands and return the next step: 0 for a new run, 1 behind the first evaluation."""
