@@ -151,7 +151,8 @@ def test_what_is_not_there_is_404(sites: Browse, path: str) -> None:
 
 
 def test_closing_leaves_no_thread_and_no_port() -> None:
-    """A hundred runs in one process would otherwise end with a hundred servers. A client that just sits there does not hold it up."""
+    """A hundred runs in one process would otherwise end with a hundred servers. Neither a client that just sits there nor an answer
+    that takes its time holds it up."""
     before = threading.active_count()
     dataset = browse()
     assert threading.active_count() == before, "nothing is started before the first episode"
@@ -164,6 +165,10 @@ def test_closing_leaves_no_thread_and_no_port() -> None:
     port = dataset.serve()
     with socket.create_connection(("127.0.0.1", port)):
         asyncio.run(dataset.close())
+    slow = browse(latency=60)
+    with socket.create_connection(("127.0.0.1", slow.serve())) as connection:
+        connection.sendall(b"GET /train/0/search?q=red HTTP/1.1\r\n\r\n")
+        asyncio.run(slow.close())
     deadline = time.monotonic() + 10  # the thread pool of that event loop ends by itself
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -171,6 +176,14 @@ def test_closing_leaves_no_thread_and_no_port() -> None:
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     asyncio.run(dataset.close())
+
+
+def test_a_client_may_take_its_time(sites: Browse) -> None:
+    """The loop that fetches also computes: seconds may pass between its connecting and its asking, and the rollout must not fail."""
+    with socket.create_connection(("127.0.0.1", sites.serve())) as connection:
+        time.sleep(3)
+        connection.sendall(b"GET /train/0/search?q=red HTTP/1.1\r\n\r\n")
+        assert connection.makefile("rb").readline().endswith(b"200 OK\r\n")
 
 
 def test_a_server_that_is_gone_fails_the_episode() -> None:

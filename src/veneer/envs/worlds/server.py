@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
@@ -21,8 +21,6 @@ from veneer.types import RunError, Split
 
 HOST = "127.0.0.1"
 PATH = re.compile(r"/(train|eval)/(\d{1,20})/(search|page/([^/]+))")
-IDLE_SECONDS = 2.0
-"""A connection that says nothing is hung up on."""
 
 
 class SiteServer:
@@ -32,11 +30,11 @@ class SiteServer:
     def __init__(self, site: Callable[[Split, int], Site], latency: float) -> None:
         """``latency``: seconds that every answer waits."""
 
-        class Handler(BaseHTTPRequestHandler):
-            timeout = IDLE_SECONDS
+        stopping = self._stopping = threading.Event()
 
+        class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                time.sleep(latency)
+                stopping.wait(latency)
                 body = _answer(site, self.path)
                 if body is None:
                     self.send_error(404)
@@ -57,15 +55,37 @@ class SiteServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when no thread and no socket of it is left."""
+        """Returns when no thread and no socket of it is left. Whoever still waits for an answer gets none."""
+        self._stopping.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for answers that are on their way
+    """A thread a connection, for as long as it is open: a client on a busy event loop may take seconds to say what it wants."""
+
+    daemon_threads = False  # so that closing waits for them
     request_queue_size = 1024
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._connections: set[socket.socket] = set()
+        super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        for connection in self._connections.copy():
+            with suppress(OSError):  # it ends by itself just now
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, such as a rollout that was given up, is no news."""
