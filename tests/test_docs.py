@@ -23,7 +23,7 @@ def veneer(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "veneer", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/registry.md", "docs/operating.md", "docs/proof.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/registry.md", "docs/operating.md", "docs/proof.md", "docs/supervised.md"])
 def test_the_console_session_works_line_by_line(tmp_path: Path, page: str) -> None:
     """A newcomer types a page's commands in order; training runs are cut to two steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
@@ -33,7 +33,7 @@ def test_the_console_session_works_line_by_line(tmp_path: Path, page: str) -> No
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "veneer"
-        arguments = [a.replace("rl.steps=40", "rl.steps=2") for a in arguments]
+        arguments = [re.sub(r"steps=\d+$", "steps=2", a) for a in arguments]
         done = veneer(arguments, tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
@@ -82,8 +82,23 @@ def test_configuration_page_is_current() -> None:
 @pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*.toml")))
 def test_recipes_are_valid_configurations(recipe: str) -> None:
     from veneer.train.config import load_config
+    from veneer.train.pipeline import load_stages
 
-    assert load_config(ROOT / "recipes" / recipe).name == recipe.removesuffix(".toml")
+    path = ROOT / "recipes" / recipe
+    stages = load_stages(path)
+    assert len(stages) > 1 or load_config(path).name == recipe.removesuffix(".toml")
+    for config in [stage.config for stage in stages] or [load_config(path)]:
+        data = {"sft": config.sft.data, "dpo": config.dpo.data, "distill": config.distill.data}.get(config.kind)
+        assert not data or (ROOT / data).is_file()
+
+
+def test_toml_examples_are_valid_configurations(tmp_path: Path) -> None:
+    """A pipeline that is copied from the page loads."""
+    from veneer.train.pipeline import load_stages
+
+    (example,) = blocks("toml", (ROOT / "docs/supervised.md").read_text())
+    (tmp_path / "both.toml").write_text(example)
+    assert [stage.config.name for stage in load_stages(tmp_path / "both.toml")] == ["both-sft", "both-rl"]
 
 
 def test_version_and_readme_commands() -> None:

@@ -1,12 +1,14 @@
-"""The bundled base comes from its recipe."""
+"""The bundled base comes from its recipe, and the recipes' data from their script."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from veneer.assets import NANO_FOLDER
+from veneer.envs.dataset import held_out
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,3 +27,18 @@ def test_pretraining_is_deterministic_and_makes_the_bundled_tokenizer(tmp_path: 
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         assert first[name] == (NANO_FOLDER / name).read_bytes(), name
     assert len(first["model.safetensors"]) == (NANO_FOLDER / "model.safetensors").stat().st_size
+
+
+def test_the_recipes_data_are_what_their_script_writes(tmp_path: Path) -> None:
+    """And no problem in them is one that scores are measured on."""
+    done = subprocess.run([sys.executable, ROOT / "recipes/demonstrations.py", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shipped = {path.name: path.read_bytes() for path in (ROOT / "recipes/data").iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == shipped
+    assert len(shipped) == 3
+    for text in shipped.values():
+        for line in text.splitlines():
+            row = json.loads(line)
+            questions = [m["content"] for m in row.get("messages", row.get("prompt")) if m["role"] == "user"]
+            assert len(questions) == 1
+            assert not held_out(questions[0])

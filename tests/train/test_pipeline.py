@@ -71,7 +71,7 @@ def test_overrides_reach_into_stages(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["stages.4.seed=1", "stages.x.seed=1", "stages.-1.seed=1", "stages.0=1", "stages.0.seed.x=1", "stages=3"]
+    "override", ["stages.4.seed=1", "stages.x.seed=1", "stages.-1.seed=1", "stages.0=1", "stages.0.kind.x=1", "stages=3"]
 )
 def test_bad_overrides(path: Path, override: str) -> None:
     """The same care as for a single run's."""

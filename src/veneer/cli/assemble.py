@@ -154,10 +154,12 @@ def pinned(reference: str) -> str:
 
 
 def execute(
-    config: RunConfig, on_step: Callable[[Mapping[str, Any]], None], machine: Machine | None = None
+    config: RunConfig, on_step: Callable[[Mapping[str, Any]], None], machine: Machine | None = None, *, once: bool = False
 ) -> tuple[dict[str, Any], Machine, Run]:
-    """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary. ``machine``: one that was started
-    for the same base, kind of weights and device."""
+    """Run a configuration to its end, or go on with it, and register the adapter. Returns the summary.
+
+    ``machine``: one that was started for the same base, kind of weights and device. ``once``: a run that is finished is left as it is,
+    and the engine is left without its adapter."""
     started = time.perf_counter()
     dataset = load_env(config.env.name, config.env.args) if config.plays else None
     machine = machine or start_run(config)
@@ -173,6 +175,8 @@ def execute(
         teacher, parents = load_teacher(config, machine)
     run = Run(run_folder(config), config.to_toml())
     try:
+        if once and (run.folder / SUMMARY).is_file():
+            return json.loads((run.folder / SUMMARY).read_text()), machine, run
         session = Session(machine.engine, machine.renderer, config, run, init, on_step, parents)
         saved = run.newest_checkpoint()
         earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
@@ -192,8 +196,10 @@ def execute(
             "base_digest_after": machine.engine.measure_base_digest(),
             "seconds": round(time.perf_counter() - started + earlier, 1),
         }
-        run.write(SUMMARY, json.dumps(summary, indent=1) + "\n")
         run.write(REPORT, render_report(f"Veneer run {config.name}", summary, run.metrics(), config.to_toml()))
+        run.write(SUMMARY, json.dumps(summary, indent=1) + "\n")
+        if once:
+            machine.engine.remove_adapter(session.adapter)
         return summary, machine, run
     finally:
         run.close()
@@ -248,8 +254,7 @@ def execute_stages(
             if loaded not in machines:
                 machines[loaded] = start_run(config)
             with watch(number, config) as on_step:
-                summary, machine, _ = execute(config, on_step, machines[loaded])
-            machine.engine.remove_adapter(config.name)
+                summary, _, _ = execute(config, on_step, machines[loaded], once=True)
         except VeneerError as error:
             raise type(error)(f"stage {number} ({config.name}): {error}") from error
         summaries.append(summary)

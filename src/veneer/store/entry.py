@@ -53,7 +53,7 @@ class Entry:
     tokenizer_digest: str | None
     template_digest: str | None
     stage: str
-    """What made it: "sft", "rl" (the kinds of run), "import", "fork", "stack"."""
+    """What made it: a kind of run ("sft", "dpo", "rejection", "distill", "rl"), "import", "fork", "stack"."""
     rank: int | None
     """None: a fully fine-tuned copy."""
     created: str

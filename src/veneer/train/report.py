@@ -105,8 +105,22 @@ def _loss(axes: Axes, metrics: Records) -> None:
     axes.legend(frameon=False)
 
 
+def _preference(axes: Axes, metrics: Records) -> None:
+    for key, colour, label in (("rewards/chosen", "#06c", "chosen"), ("rewards/rejected", "#c60", "rejected")):
+        axes.plot(*_series(metrics, key), color=colour, alpha=0.4, linewidth=1)
+        axes.plot(*_series(metrics, f"eval/{key}"), color=colour, marker="o", markersize=3, label=f"{label}, held out")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def _distance(axes: Axes, metrics: Records) -> None:
+    steps, low = _series(metrics, "eval/kl/episode_low")
+    axes.fill_between(steps, low, _series(metrics, "eval/kl/episode_high")[1], color="#06c", alpha=0.2, linewidth=0)
+    axes.plot(*_series(metrics, "eval/kl/episode"), color="#06c", marker="o", markersize=3)
+    axes.set_ylabel("nats an episode")
+
+
 FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
-    ("Reward", "Share of episodes with full reward.", _reward, "reward/total"),
+    ("Reward", "Share of episodes with full reward.", _reward, "eval/solved"),
     ("Useful groups", "A group whose members all got the same reward teaches nothing and is dropped.", _groups, "by_group/frac_mixed"),
     ("Bits received", "Entropy of the rewards in each group: an estimate of the most that the run could learn.", _bits, "bits"),
     ("Entropy", "Of the sampled tokens: how much exploration is left.", _entropy, "optim/entropy"),
@@ -123,6 +137,8 @@ FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
         "habits/incorrect_to_correct",
     ),
     ("Length", "Tokens that the model wrote in an episode.", _length, "tokens/mean"),
+    ("Preference", "Beta times what training adds to the log-probability of an answer.", _preference, "rewards/chosen"),
+    ("Distance", "Reverse KL to the teacher on held-out problems, 95%.", _distance, "eval/kl/episode_low"),
     ("Loss", "Negative log-likelihood of the answers.", _loss, "train_mean_nll"),
 ]
 """(title, what it shows, how it is drawn, the metric without which it is left out)"""
