@@ -7,10 +7,10 @@ The wire is that of openenv-core 0.3 and openenv 0.10 (core/env_server/http_serv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import json
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -234,8 +234,8 @@ class OpenEnvEnv:
         """What the model sees of an observation."""
         seen = {name: value for name, value in told["observation"].items() if name != "metadata" and value not in (None, "", [], {})}
         if self.rules.action.schema.calls_tools and "tool_name" in seen:
-            seen = {name: value for name, value in seen.items() if name in ("result", "error")}
-            return _result_text(seen.get("error") or seen.get("result"))
+            error = seen.get("error")
+            return f"error: {error['message']}" if isinstance(error, dict) and "message" in error else _result_text(seen.get("result"))
         if self.rules.observation_field is not None:
             if self.rules.observation_field not in told["observation"]:
                 fields = ", ".join(told["observation"])
@@ -244,8 +244,12 @@ class OpenEnvEnv:
         return _plain(next(iter(seen.values()))) if len(seen) == 1 else json.dumps(seen) if seen else ""
 
     async def close(self) -> None:
+        from websockets.exceptions import WebSocketException
+
         socket, self._socket = self._socket, None
         if socket is not None:
+            with contextlib.suppress(WebSocketException):
+                await socket.send(json.dumps({"type": "close"}))
             await socket.close()
 
 

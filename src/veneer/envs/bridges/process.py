@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 from veneer.envs.bridges.chat import Json
 from veneer.envs.bridges.errors import BridgeError
-from veneer.envs.bridges.player.veneer_tree import descendants, kill_all
+from veneer.envs.bridges.player.veneer_marks import MARK, kill_marked
 
 PLAYER = Path(__file__).parent / "player"
 MAX_LINE = 2**20
@@ -37,12 +38,13 @@ class Process:
         self.ready: Future[Json] = Future()
         """What it says of the environment once that is loaded; a BridgeError if it is not to be had."""
         self.hung = False
-        self._hear, self._printed = hear, b""
+        self._hear, self._printed, self._mark = hear, b"", secrets.token_hex(8)
         self._popen = subprocess.Popen(
             [python, str(PLAYER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, MARK: self._mark},
             start_new_session=True,  # a signal from the terminal is ours to answer
         )
         assert self._popen.stdin is not None
@@ -51,7 +53,8 @@ class Process:
         os.set_blocking(self._stdin, False)  # one that does not read must not hold us
         self._printing = threading.Thread(target=self._watch, daemon=True)
         self._printing.start()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
 
     @property
     def pid(self) -> int:
@@ -80,6 +83,7 @@ class Process:
             else:
                 self._hear(self, message)
         self._popen.wait()
+        kill_marked(self._mark)
         self._printing.join(timeout=1.0)
         if not self.ready.done():
             self.ready.set_exception(BridgeError(self.epitaph()))
@@ -103,13 +107,10 @@ class Process:
         return f"the environment's process {end}" + (f"; its last line: {lines[-1].strip()[:300]}" if lines else "")
 
     def kill(self) -> None:
-        """With all that it has started."""
-        below = descendants(self.pid)
         self._popen.kill()
-        kill_all(below)
 
     def close(self) -> None:
-        """Let it end, or make it. Waits for that."""
+        """Let it end, or make it, and wait until it has, with all that it has started."""
         with contextlib.suppress(OSError):
             assert self._popen.stdin is not None
             self._popen.stdin.close()
@@ -117,4 +118,4 @@ class Process:
             self._popen.wait(GRACE)
         except subprocess.TimeoutExpired:
             self.kill()
-            self._popen.wait()
+        self._listening.join()

@@ -69,12 +69,13 @@ class Talk:
             return said
         if tools != self._tools:
             raise ChatError("the environment shows other tools than before; they stand at the beginning of the tokens that the model saw")
-        at = next((i for i, (then, now) in enumerate(zip(self._history, said, strict=False)) if then != now), len(self._history))
-        if at < len(self._history) or len(said) <= at:
-            whose = "the policy's own answer" if self._history[min(at, len(self._history) - 1)].role == "assistant" else "what it showed"
+        pairs = zip(self._history, said, strict=False)
+        at = next((i for i, (then, now) in enumerate(pairs) if then != now), min(len(self._history), len(said)))
+        if at < len(self._history):
+            whose = "the policy's own answer" if self._history[at].role == "assistant" else "what it showed"
             raise ChatError(
-                f"the environment's request does not go on from the one before it: message {at + 1} of {len(self._history)} is another, "
-                f"{whose}; a history that is rewritten, or a second agent's, cannot be trained as one row"
+                f"the environment's request does not go on from the one before it: message {at + 1} of {len(self._history)}, {whose}, "
+                "is another or missing; a history that is rewritten, or a second agent's, cannot be trained as one row"
             )
         return said[at:]
 

@@ -9,6 +9,7 @@ when its parent was killed.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import json
 import os
@@ -19,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-import veneer_tree
 from veneer_loading import Refused, module_of
+from veneer_marks import MARK, kill_marked
 from veneer_v0 import Classic
 from veneer_v1 import Tasks
 
@@ -43,7 +44,7 @@ class Lines:
             self.queue.put(json.loads(line))
         self.queue.put(None)
         time.sleep(GRACE)
-        veneer_tree.kill_all(veneer_tree.descendants(os.getpid()))
+        kill_marked(os.environ[MARK])
         os._exit(1)
 
 
@@ -97,6 +98,7 @@ def one_line(error: BaseException) -> str:
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    atexit.register(kill_marked, os.environ[MARK])  # the first to register is the last to run
     lines, voice = Lines(), Voice(out)
     settings = lines.settings
     os.environ[KEY] = settings.pop("key")

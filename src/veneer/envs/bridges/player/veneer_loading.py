@@ -68,10 +68,11 @@ def split(train: Sequence[str], held: Sequence[str] | None) -> dict[str, list[tu
     """Places of problems by split, as (it is in the environment's own held-out data, its index there).
 
     ``train`` and ``held`` are the texts of the environment's two sets of problems. Without ``held`` one in eight of ``train`` is
-    held out. A problem of ``train`` that is in ``held`` too is left out of training.
+    held out, and at least one. A problem of ``train`` that is in ``held`` too is left out of training.
     """
     if not held:
-        places = {kind: [(False, i) for i, text in enumerate(train) if held_out(text) == (kind == "eval")] for kind in ("train", "eval")}
+        out = {text for text in train if held_out(text)} or set(sorted(train, key=lambda text: zlib.crc32(text.encode()))[:1])
+        places = {kind: [(False, i) for i, text in enumerate(train) if (text in out) == (kind == "eval")] for kind in ("train", "eval")}
     else:
         seen = set(held)
         places = {
