@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 PACKAGES = {
     "verifiers-v0": ("verifiers[rg]==0.3.1",),  # the last with load_environment
-    "verifiers-v1": ("verifiers==0.4.0", "datasets==5.2.0"),  # reverse_text reads its problems with datasets
+    "verifiers-v1": ("verifiers==0.4.0", "datasets==5.1.0"),  # reverse_text reads its problems with datasets
     "openenv": ("openenv==0.10.0",),
     "openenv-core": ("openenv-core==0.3.0",),  # the older package of the same protocol
 }

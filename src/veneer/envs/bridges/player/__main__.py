@@ -17,6 +17,7 @@ import queue
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,6 +96,13 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def hint(error: Exception) -> str:
+    """What helps against an error that only a package of another version makes."""
+    if "module 'verifiers' has no attribute" in str(error):
+        return f"; it is made for another verifiers than {metadata.version('verifiers')}: load_environment needs pip install 'verifiers<0.4'"
+    return ""
+
+
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -105,7 +113,9 @@ def main() -> None:
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
     sys.path.remove(str(Path(__file__).resolve().parent))  # nothing of ours is in the way of the environment's imports
     if settings["folder"]:
-        sys.path.insert(0, str(Path(settings["folder"]).resolve()))
+        folder = str(Path(settings["folder"]).resolve())
+        sys.path.insert(0, folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))  # for tool servers that it starts
     try:
         module = module_of(settings["id"], settings["folder"])
         game = (Classic if hasattr(module, "load_environment") else Tasks)(settings, KEY)
@@ -113,7 +123,7 @@ def main() -> None:
         voice.say(refused=str(refused))
         return
     except Exception as error:  # the environment's own code may raise anything
-        voice.say(refused=f"loading {settings['id']} raised {one_line(error)}")
+        voice.say(refused=f"loading {settings['id']} raised {one_line(error)}{hint(error)}")
         return
     asyncio.run(run(game, lines, voice))
 
