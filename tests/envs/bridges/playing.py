@@ -29,7 +29,6 @@ def interpreter(flavour: str, monkeypatch: pytest.MonkeyPatch) -> str:
         for name, value in STANDIN.items():
             monkeypatch.setenv(name, value)
         return sys.executable
-    monkeypatch.delenv("PYTHONPATH", raising=False)
     return str(python_of(flavour))
 
 

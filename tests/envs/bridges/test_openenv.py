@@ -250,7 +250,7 @@ def test_slow_and_nan_steps_fail_their_rollouts_under_the_loop(start: Start) -> 
 
 def test_a_server_that_is_not_there_or_is_none_is_told_before_the_run(start: Start) -> None:
     """With exit code 2, and without what may be secret in its address."""
-    with pytest.raises(ConfigError, match="no OpenEnv server answers at http://127.0.0.1:1") as told:
+    with pytest.raises(ConfigError, match=r"no OpenEnv server answers at http://127\.0\.0\.1:1 ") as told:
         load_env("openenv:http://user:secret@127.0.0.1:1")
     assert "secret" not in str(told.value)
     with pytest.raises(ConfigError, match="must be openenv:http://HOST:PORT"):

@@ -111,14 +111,19 @@ def test_glossary_pays_who_looks_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_wrong_verifiers_for_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 0.4 dropped load_environment; the line says which version has it."""
-    with pytest.raises(ConfigError, match="another verifiers than 0.4.0: load_environment needs pip install 'verifiers<0.4'"):
+    with pytest.raises(ConfigError, match=r"another verifiers than 0.4.0: load_environment needs pip install 'verifiers<0.4'"):
         dataset_of("tool-test", "verifiers-v1", monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("identity", "flavour", "args", "metric"),
     [
-        ("reasoning-gym-env", "verifiers-v0", {"gym": "leg_counting", "num_train_examples": 50, "num_eval_examples": 8}, "format_reward_func"),
+        (
+            "reasoning-gym-env",
+            "verifiers-v0",
+            {"gym": "leg_counting", "num_train_examples": 50, "num_eval_examples": 8},
+            "format_reward_func",
+        ),
         ("reverse-text", "verifiers-v1", None, "lcs"),
     ],
 )

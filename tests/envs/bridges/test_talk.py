@@ -66,7 +66,12 @@ def test_the_public_client_plays_a_tool_call_and_an_answer(stream: bool) -> None
 
     async def both() -> tuple[tuple[Any, Any], list[Asked]]:
         talk = Talk("rollout-0")
-        call: Message = {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+        call: Message = {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "hm",
+            "tool_calls": [{"name": "add", "arguments": {"a": 1}}],
+        }
         async with served(talk) as (_, client):
             return await asyncio.gather(environment(client), answering(talk, call, {"role": "assistant", "content": "it is 3"}))
 
@@ -125,14 +130,14 @@ def failure(requests: list[tuple[list[Any], dict[str, Any]]]) -> str:
 
     async def asking() -> str:
         talk = Talk("rollout-0")
-        for i, (messages, settings) in enumerate(requests):
+        for i, (messages, asked) in enumerate(requests):
             if i < len(requests) - 1:
-                ask(talk, messages, **settings)
+                ask(talk, messages, **asked)
                 await talk.next()
                 talk.reply({"role": "assistant", "content": "ok"})
                 continue
             with pytest.raises(ChatError) as told:
-                ask(talk, messages, **settings)
+                ask(talk, messages, **asked)
             with pytest.raises(BridgeError) as failed:
                 await talk.next()
             assert str(told.value) == str(failed.value)
@@ -197,7 +202,10 @@ def test_what_changes_nothing_or_is_the_runs_own_is_let_through(settings: dict[s
         ([{"role": "wizard", "content": "x"}], "no known role"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}], "other than text: image_url"),
         ([HELLO, OK], "ends with the assistant"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, HELLO], "tool call that is none"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, HELLO],
+            "tool call that is none",
+        ),
     ],
 )
 def test_a_request_that_is_no_conversation_is_told_in_words(messages: Any, words: str) -> None:

@@ -77,7 +77,7 @@ def read_request(body: Mapping[str, Any]) -> tuple[list[Said], list[Json]]:
 
 
 def _read_message(message: Any) -> Said:
-    role = ROLES.get(message.get("role")) if isinstance(message, dict) else None
+    role = ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
     if role is None:
         raise ChatError(f"the environment's request has a message of no known role: {message!r:.80}")
     calls: list[tuple[str, str, str]] = []

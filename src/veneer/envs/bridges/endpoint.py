@@ -46,22 +46,42 @@ class Endpoint:
         self._app = Starlette(
             routes=[Route("/v1/chat/completions", self._chat, methods=["POST"]), Route("/v1/models", self._models, methods=["GET"])]
         )
+        self._heard_by: socket.socket | None = None
+        """The listener again, for the loop that serves; whoever serves closes what it was given."""
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
     def serve(self) -> None:
         """Serve from the loop that runs now."""
+        self._close_heard_by()
         config = uvicorn.Config(
-            self._app, log_config=None, access_log=False, lifespan="off", ws="none", backlog=BACKLOG, timeout_graceful_shutdown=1
+            self._app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            backlog=BACKLOG,
+            headers=[("connection", "close")],  # one that is kept would be another loop's, or closed while this thread was busy
+            timeout_graceful_shutdown=1,
         )
         self._server = _Server(config)
-        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._listener.dup()]))
+        self._heard_by = self._listener.dup()
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._heard_by]))
+
+    def _close_heard_by(self) -> None:
+        if self._heard_by is not None:
+            self._heard_by.close()
+
+    def leave(self) -> None:
+        """Free the port, without a loop."""
+        self._listener.close()
+        self._close_heard_by()
 
     async def close(self) -> None:
-        self._listener.close()
         if self._server is not None and self._serving is not None and self._serving.get_loop() is asyncio.get_running_loop():
             self._server.should_exit = True
             await self._serving
+        self.leave()
 
     def _refused(self, request: Request) -> Response | None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")

@@ -68,7 +68,8 @@ def openenv(
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(schema.fields) or 'none'}"
         raise ConfigError(f"env.args.action_field: an action of {shown(parts)} has no field {action_field!r}; {hint}")
     act = Action(schema, action_field, dict(action or {}))
-    rules = Rules(web.replace("http", "ws", 1) + "/ws", shown(parts), act, observation_field, prompt, dict(reset or {}), max_turns, wait_seconds)
+    ws = web.replace("http", "ws", 1) + "/ws"
+    rules = Rules(ws, shown(parts), act, observation_field, prompt, dict(reset or {}), max_turns, wait_seconds)
     return OpenEnvDataset(f"openenv:{shown(parts)}", rules, seed)
 
 
@@ -173,10 +174,8 @@ class OpenEnvEnv:
         from websockets.exceptions import ConnectionClosed
 
         assert self._socket is not None
-        try:
+        with contextlib.suppress(ConnectionClosed):  # a server that is full says so before it closes
             await self._socket.send(json.dumps({"type": kind, "data": data}))
-        except ConnectionClosed:
-            pass  # a server that is full says so before it closes
         try:
             answer = json.loads(await self._socket.recv())
         except ConnectionClosed as error:

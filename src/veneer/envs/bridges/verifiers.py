@@ -25,7 +25,7 @@ from veneer.types import ConfigError, Message, Observation, Split, StepResult
 if TYPE_CHECKING:
     from veneer.envs.bridges.endpoint import Endpoint
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 """Seconds after which a process that has not taken note of a rollout's end is held to hang."""
 
 
@@ -52,12 +52,15 @@ def verifiers(
     from veneer.envs.bridges.endpoint import Endpoint  # brings a server
 
     settings = {"id": identity, "args": dict(args or {}), "config": dict(config or {}), "folder": folder, "limit": limit}
-    dataset = VerifiersDataset(identity, Endpoint(), python, settings, seed)
+    endpoint = Endpoint()
+    dataset = VerifiersDataset(identity, endpoint, python, settings, seed)
     try:
         dataset.start(start_seconds)
     except OSError as error:
+        endpoint.leave()
         raise ConfigError(f"env.args.python: {python} cannot be run ({error.strerror})") from error
     except BridgeError as error:
+        endpoint.leave()
         raise ConfigError(f"env.name: verifiers:{identity}: {error}") from error
     return dataset
 
@@ -106,12 +109,14 @@ class VerifiersDataset:
         """
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop = loop
-            self._endpoint.serve()
-        if self._process is None:
-            self._process = Process(self._python, self._settings, self._heard)
-        process = self._process
-        facts = await asyncio.shield(asyncio.wrap_future(process.ready))
+            self._move(loop)
+        while True:
+            if self._process is None:
+                self._process = Process(self._python, self._settings, self._heard)
+            process = self._process
+            facts = await asyncio.shield(asyncio.wrap_future(process.ready))
+            if self._process is process:  # it has not ended meanwhile; if it ends from now on, the rollout hears of it
+                break
         if facts != self.facts:
             raise BridgeError("the environment's process was started anew, and has other problems than before")
         talk = Talk(f"rollout-{next(self._numbers)}")
@@ -119,6 +124,15 @@ class VerifiersDataset:
         self._endpoint.talks[talk.name] = talk
         process.tell(play=talk.name, split=split, index=index)
         return talk
+
+    def _move(self, loop: asyncio.AbstractEventLoop) -> None:
+        """To another loop. What was played in the one before is over."""
+        for name, (process, _) in self._playing.items():
+            process.tell(drop=name)
+        self._playing.clear()
+        self._endpoint.talks.clear()
+        self._loop = loop
+        self._endpoint.serve()
 
     def end(self, talk: Talk) -> None:
         """The rollout is over for us. If the process still plays it, it is to stop, and if it does not say so, it hangs."""
@@ -168,7 +182,8 @@ class VerifiersEnv:
     """One rollout. What it earned is told at its end, as the environment's rubric has it."""
 
     def __init__(self, dataset: VerifiersDataset, split: Split, index: int) -> None:
-        self._dataset, self._split, self._index = dataset, split, index
+        self._dataset, self._index = dataset, index
+        self._split: Split = split
         self._talk: Talk | None = None
 
     async def initial_observation(self) -> Observation:

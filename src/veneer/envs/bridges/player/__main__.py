@@ -99,7 +99,8 @@ def one_line(error: BaseException) -> str:
 def hint(error: Exception) -> str:
     """What helps against an error that only a package of another version makes."""
     if "module 'verifiers' has no attribute" in str(error):
-        return f"; it is made for another verifiers than {metadata.version('verifiers')}: load_environment needs pip install 'verifiers<0.4'"
+        here = metadata.version("verifiers")
+        return f"; it is made for another verifiers than {here}: load_environment needs pip install 'verifiers<0.4'"
     return ""
 
 

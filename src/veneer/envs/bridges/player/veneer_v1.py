@@ -81,8 +81,7 @@ class Tasks:
 def chat_harness(vf: Any) -> types.ModuleType:
     """A module with a harness that does in this process what verifiers' own ``null`` does in one for every rollout: a chat, with the
     task's MCP tools, until an answer calls none."""
-    import httpx
-
+    httpx = importlib.import_module("httpx")
     tools_of = importlib.import_module("verifiers.v1.harnesses.utils.mcp")
     to_wire = importlib.import_module("verifiers.v1.dialects.chat").message_to_wire
 

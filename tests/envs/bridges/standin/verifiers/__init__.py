@@ -55,7 +55,12 @@ class MultiTurnEnv:
 
     async def get_model_response(self, state: Any, prompt: Any, sampling_args: Any = None, **kwargs: Any) -> Any:
         tools = [{"type": "function", "function": tool} for tool in self.tool_defs or ()]
-        body = {"model": state["model"], "messages": [_wire(m) for m in prompt], **(sampling_args or {}), **({"tools": tools} if tools else {})}
+        body = {
+            "model": state["model"],
+            "messages": [_wire(m) for m in prompt],
+            **(sampling_args or {}),
+            **({"tools": tools} if tools else {}),
+        }
         return SimpleNamespace(message=_read((await state["client"].post(body))["choices"][0]["message"]))
 
     async def run_rollout(self, row: Any, client: Client, model: str, sampling_args: Any) -> dict[str, Any]:
@@ -64,9 +69,11 @@ class MultiTurnEnv:
         while len(state["trajectory"]) < self.max_turns:
             prompt = await self.get_prompt_messages(state)
             response = await self.get_model_response(state, prompt)
+            if not (response.message.content or response.message.tool_calls or getattr(response.message, "reasoning_content", None)):
+                break  # verifiers makes an EmptyModelResponseError of it, which ends the rollout
             state["trajectory"].append({"prompt": prompt, "completion": [response.message]})
-        last = state["trajectory"][-1]
-        completion = [*last["prompt"], *last["completion"]][len(state["prompt"]) :]
+        said = [message for turn in state["trajectory"][-1:] for message in (*turn["prompt"], *turn["completion"])]
+        completion = said[len(state["prompt"]) :]
         scores = {func.__name__: func(completion=completion, answer=row["answer"]) for func in self.rubric.funcs}
         return {"reward": sum(scores.values()), "metrics": {**scores, "num_turns": float(len(state["trajectory"]))}, "error": None}
 
@@ -75,7 +82,8 @@ def _read(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     calls = [
-        SimpleNamespace(id=c["id"], name=c["function"]["name"], arguments=c["function"]["arguments"]) for c in message.get("tool_calls") or ()
+        SimpleNamespace(id=c["id"], name=c["function"]["name"], arguments=c["function"]["arguments"])
+        for c in message.get("tool_calls") or ()
     ]
     return SimpleNamespace(**{"content": "", **message, "tool_calls": calls or None})
 
