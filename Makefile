@@ -2,6 +2,7 @@
 # make test         install, then lint, types and the whole suite
 # make fuzz         10,000 malformed requests, bent protobuf and the OpenAPI document against a real server; about 10 minutes
 # make acceptance  the public clients of Tinker and OpenAI, unmodified, against a real server; ARGS="--more --json FILE"; about 15 minutes
+# make bridges      the bridges to verifiers and OpenEnv with the real packages, each in an environment under .bench; about 20 minutes
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz acceptance seeds interference bench nano clean
+.PHONY: install quickstart test lint types fuzz acceptance bridges seeds interference bench nano clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ fuzz: install
 
 acceptance: install
 	$(BIN)/python tests/acceptance/run.py $(ARGS)
+
+bridges: install
+	$(BIN)/python tests/envs/bridges/real.py $(ARGS)
 
 bench: install
 	for name in rl_step sample train concurrency toggle long http_step load async_rl; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done

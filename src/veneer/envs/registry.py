@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.envs.arithmetic import arithmetic
+from veneer.envs.bridges.openenv import openenv
+from veneer.envs.bridges.verifiers import verifiers
 from veneer.envs.calculator import calculator
 from veneer.envs.code import code
 from veneer.envs.digits import count, reverse, sort
@@ -34,7 +36,7 @@ ENVIRONMENTS: dict[str, Factory] = {
     "code": code,
 }
 
-FAMILIES: dict[str, Factory] = {}
+FAMILIES: dict[str, Factory] = {"verifiers": verifiers, "openenv": openenv}
 """Environments of other libraries and places, as ``FAMILY:ID``: the factory's first argument is what stands behind the colon."""
 
 
