@@ -14,6 +14,7 @@ from typing import Any
 from veneer.envs.arithmetic import arithmetic
 from veneer.envs.calculator import calculator
 from veneer.envs.digits import count, reverse, sort
+from veneer.envs.reasoning import reasoning_gym, task_names
 from veneer.types import ConfigError, EnvDataset, in_one_line
 
 Factory = Callable[..., EnvDataset]
@@ -26,8 +27,15 @@ ENVIRONMENTS: dict[str, Factory] = {
     "calculator": calculator,
 }
 
-FAMILIES: dict[str, Factory] = {}
+FAMILIES: dict[str, Factory] = {
+    "reasoning_gym": reasoning_gym,
+}
 """Environments of other libraries and places, as ``FAMILY:ID``: the factory's first argument is what stands behind the colon."""
+
+MEMBERS: dict[str, Callable[[], list[str]]] = {
+    "reasoning_gym": task_names,
+}
+"""Every ID of a family that can list them."""
 
 
 def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:

@@ -1,0 +1,39 @@
+"""The other side of ``apart``: answers one request a line, under limits that the kernel enforces. It ends when nobody asks any more."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+from veneer.types import in_one_line
+
+
+def main(module: str, memory: int) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
+    ask = None
+    for line in sys.stdin:
+        try:
+            ask = ask or importlib.import_module(module).answer
+            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+            cpu_seconds, request = json.loads(line)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + cpu_seconds), hard))
+            answer = {"value": ask(**request)}
+        except Exception as error:  # whatever a library raises is told
+            answer = {"error": in_one_line(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
