@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,18 @@ from typing import Any
 from veneer.types import RunError
 
 SOURCES = Path(__file__).parents[2]
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
+"""Of our environment; keys stay here."""
 WALL = 12.0
 """A process that has not answered after this many times its CPU seconds is ended too: it sleeps, or the machine is far too busy."""
 
 
 class Ended(RunError):
     """The process was ended, or died, over this request."""
+
+
+class Broken(RunError):
+    """The module itself cannot be used."""
 
 
 class Refused(RunError):
@@ -40,6 +47,7 @@ class Apart:
     def __init__(self, module: str, memory: int = 4 * 2**30, processes: int = 2) -> None:
         """``memory``: bytes of address space of one process."""
         self.module, self.memory = module, memory
+        self._closed = 0
         self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(processes):
             self._free.put(None)
@@ -57,17 +65,23 @@ class Apart:
         Raises:
             Ended: it took too long or too much, and its process is gone.
             Refused: it raised an error.
+            Broken: there is no such module here.
         """
-        process = self._free.get()
+        process, closed = self._free.get(), self._closed
         try:
             process = process or _Process(self.module, self.memory)
             answer = process.ask(cpu_seconds, request)
+            if "broken" in answer:
+                raise Broken(f"{self.module} cannot be imported: {answer['broken']}")
         except BaseException:
             if process is not None:
                 process.end()
             process = None
             raise
         finally:
+            if process is not None and closed != self._closed:
+                process.end()
+                process = None
             self._free.put(process)
         if "error" in answer:
             raise Refused(answer["error"])
@@ -75,25 +89,34 @@ class Apart:
 
     def close(self) -> None:
         """End the processes that wait. Another question starts new ones."""
-        waiting = [self._free.get_nowait() for _ in range(self._free.qsize())]
-        for process in waiting:
-            if process is not None:
-                process.end()
-            self._free.put(None)
+        self._closed += 1  # those that are asked right now end when they have answered
+        with suppress(queue.Empty):
+            for _ in range(self._free.qsize()):
+                process = self._free.get_nowait()
+                if process is not None:
+                    process.end()
+                self._free.put(None)
 
 
 class _Process:
     def __init__(self, module: str, memory: int) -> None:
         environment = {
-            **os.environ,
+            **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
             "PYTHONPATH": os.pathsep.join([str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONHASHSEED": "0",  # the order of a set must not differ from process to process
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
         command = [sys.executable, "-P", "-m", "veneer.envs.apart_program", module, str(memory)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes)  # no Ctrl-C of ours
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is ours, not theirs
+        )
         self.selector = selectors.DefaultSelector()
         assert self.process.stdout is not None
         self.selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -101,11 +124,9 @@ class _Process:
     def ask(self, cpu_seconds: int, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # then it has said why, or left
             self.process.stdin.write(json.dumps([cpu_seconds, request]) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            raise Ended(f"the process {self._death(cpu_seconds)}") from None
         if not self.selector.select(WALL * cpu_seconds):
             raise Ended(f"no answer within {WALL * cpu_seconds:g} s")
         line = self.process.stdout.readline()
@@ -128,7 +149,5 @@ class _Process:
         self.selector.close()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with suppress(BrokenPipeError):  # it still holds what the dead process did not read
                     pipe.close()
-                except BrokenPipeError:  # it still held what the dead process did not read
-                    pass

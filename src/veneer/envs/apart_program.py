@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
 from veneer.types import in_one_line
 
@@ -17,22 +18,28 @@ from veneer.types import in_one_line
 def main(module: str, memory: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+
+    def tell(answer: Mapping[str, object]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
-    ask = None
+    try:
+        ask = importlib.import_module(module).answer
+    except Exception as error:  # whatever stands in a library's way
+        return tell({"broken": in_one_line(error)})
     for line in sys.stdin:
         try:
-            ask = ask or importlib.import_module(module).answer
             hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
             cpu_seconds, request = json.loads(line)
             resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + cpu_seconds), hard))
             answer = {"value": ask(**request)}
         except Exception as error:  # whatever a library raises is told
             answer = {"error": in_one_line(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        tell(answer)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -73,7 +72,7 @@ def made(task: str, args: str) -> tuple[ProceduralDataset, int]:
 
 
 @lru_cache(maxsize=4096)
-def draw(task: str, args: str, split: str, index: int) -> Mapping[str, Any]:
+def draw(task: str, args: str, split: str, index: int) -> dict[str, Any]:
     """The index-th problem of a split, by the text of its question, however often the task repeats itself.
 
     Raises:
@@ -84,7 +83,7 @@ def draw(task: str, args: str, split: str, index: int) -> Mapping[str, Any]:
         entry = dataset[number(task, args, split, index, attempt) % numbers]
         if held_out(entry["question"]) == (split == "eval"):
             return entry
-    raise ValueError(f"of {TRIES} problems of {task} none is in the {split} split: there are too few different ones; give it other arguments")
+    raise ValueError(f"of {TRIES} problems of {task} none is in the {split} split: too few are different; give it other arguments")
 
 
 def number(*parts: Any) -> int:

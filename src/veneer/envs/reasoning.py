@@ -93,6 +93,6 @@ class SolvableGymEnv(GymEnv):
 
 def tagged(text: str) -> str:
     """What stands in the last answer tags; without any, all of it."""
-    before, opened, rest = text.rpartition(OPEN)
+    _, opened, rest = text.rpartition(OPEN)
     inside, closed, _ = rest.partition(CLOSE)
     return inside.strip() if opened and closed else text

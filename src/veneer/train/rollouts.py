@@ -89,7 +89,10 @@ async def _play(policy: Policy, dataset: EnvDataset, split: Split, index: int, s
             action = policy.renderer.parse_response(sample.tokens, sample.stop_reason == "stop")
             result = expect(await in_env(partial(env.step, action), "step", seconds), StepResult, "step")
             metrics = checked_metrics(result.metrics)
-            reward, text = checked_number(result.reward, "step's reward"), policy.renderer.written(sample.tokens, sample.stop_reason == "stop")
+            reward, text = (
+                checked_number(result.reward, "step's reward"),
+                policy.renderer.written(sample.tokens, sample.stop_reason == "stop"),
+            )
             turns.append(Transition(prompt, sample, action, reward, metrics, text))
             total = sum(t.reward for t in turns)
             if result.episode_done or sample.stop_reason == "length":
