@@ -66,7 +66,7 @@ def command(
     document = {"env": dataset.name, "base": machine.engine.base_id, "adapter": adapter, "solved": rate, "means": result.means}
 
     def human() -> None:
-        print(f"{dataset.name}: solved {format_rate(rate)} of {problems} held-out problems")
+        print(f"{dataset.name}: solved {format_rate(rate)} of {rate['trials']} held-out problems")
         for key, value in sorted(result.means.items()):
             print(f"  {key:<16} {value:.3f}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from veneer.measure.habits import habit_metrics
 from veneer.measure.intervals import Rate, wilson
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
-from veneer.types import EnvDataset, Trajectory, TrajectoryGroup
+from veneer.types import EnvDataset, Finite, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Evaluation:
 
 
 async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int) -> Evaluation:
-    """Play held-out problems 0 to ``problems`` - 1 once each. The same seed draws the same numbers whatever the adapter."""
+    """Play held-out problems 0 to ``problems`` - 1 once each, no more than there are. The same seed draws the same numbers whatever the
+    adapter."""
+    problems = min(problems, dataset.size("eval")) if isinstance(dataset, Finite) else problems
     groups = await do_rollouts(policy, dataset, "eval", range(problems), 1, derive_seed("eval", seed))
     trajectories = [group.trajectories_G[0] for group in groups]
     names = sorted({name for t in trajectories for name in t.metrics})
