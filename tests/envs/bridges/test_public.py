@@ -1,5 +1,5 @@
-"""Public environments of verifiers, unchanged, with the real package (``make bridges``): each pays its full reward to who solves it,
-and ``veneer train`` runs on the classic interface and on v1."""
+"""Public environments of verifiers, unchanged, with the real package and out of its repository (``make bridges``): each pays its full
+reward to who solves it, and ``veneer train`` runs on the classic interface and on v1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.train.rollouts import closing
 from veneer.types import ConfigError, Message, StepResult
 
 pytestmark = REAL
-PUBLIC = str(HERE / "public")
+PUBLIC = str(HERE.parents[2] / ".bench/public")
 
 
 def dataset_of(identity: str, flavour: str, monkeypatch: pytest.MonkeyPatch, **args: Any) -> Any:
