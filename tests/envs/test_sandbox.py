@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -308,8 +309,9 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 
 @WALLED
-@pytest.mark.parametrize("pid", [os.getpid(), os.getppid()])
-def test_processes_outside_have_no_number(pid: int) -> None:
+@pytest.mark.parametrize("number_of", [os.getpid, os.getppid])
+def test_processes_outside_have_no_number(number_of: Callable[[], int]) -> None:
+    pid = number_of()
     assert run(f"import os; os.kill({pid + 10**6}, 0) if {pid} < 9 else os.kill({pid}, 0)").complaint == (
         "ProcessLookupError: [Errno 3] No such process"
     )
