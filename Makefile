@@ -1,7 +1,9 @@
 # make quickstart   install, then watch a rank-1 adapter learn; ARGS="--seed 1" and the like are passed on
 # make test         install, then lint, types and the whole suite
 # make fuzz         10,000 malformed requests, bent protobuf and the OpenAPI document against a real server; about 10 minutes
+# make gym          every task of reasoning-gym through env check, PROBLEMS=16 of each tried by the base; about 20 minutes
 # make acceptance  the public clients of Tinker and OpenAI, unmodified, against a real server; ARGS="--more --json FILE"; about 15 minutes
+# make bridges      the bridges to verifiers and OpenEnv with the real packages, each in an environment under .bench; about 20 minutes
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
@@ -10,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz acceptance seeds interference bench nano clean
+.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference bench nano clean
 
 install: $(VENV)/.installed
 
@@ -35,11 +37,17 @@ types: install
 fuzz: install
 	VENEER_FUZZ=10000 $(BIN)/python -m pytest -n 0 -s tests/server/test_malformed.py tests/server/test_protobuf.py tests/server/test_schema.py
 
+gym: install
+	VENEER_GYM=$(or $(PROBLEMS),16) $(BIN)/python -m pytest -n 0 -s tests/envs/test_reasoning.py -k env_check
+
 acceptance: install
 	$(BIN)/python tests/acceptance/run.py $(ARGS)
 
+bridges: install
+	$(BIN)/python tests/envs/bridges/real.py $(ARGS)
+
 bench: install
-	for name in rl_step sample train concurrency toggle long http_step load; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done
+	for name in rl_step sample train concurrency toggle long http_step load async_rl; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done
 
 seeds: install
 	$(BIN)/python recipes/quickstart_seeds.py

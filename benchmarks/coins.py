@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from veneer.render import Renderer
-from veneer.train.advantages import group_mean
+from veneer.train.advantages import centred
 from veneer.train.datums import trajectory_to_data
 from veneer.train.rollouts import Policy, do_rollouts
 from veneer.types import AdamParams, Engine, Message, Observation, SamplingParams, Split, StepResult
@@ -65,8 +65,8 @@ class CoinRun:
         data = [
             datum
             for group in groups_P
-            for trajectory, advantage in zip(group.trajectories_G, group_mean(group.rewards_G), strict=True)
-            for datum in trajectory_to_data(trajectory, advantage / (PROMPTS * GROUP))
+            for trajectory, advantage in zip(group.trajectories_G, centred(group.rewards_G), strict=True)
+            for datum in trajectory_to_data(trajectory, [advantage / (PROMPTS * GROUP)])
         ]
         sha = hashlib.sha256(repr([group.rewards_G for group in groups_P]).encode())
         for datum in data:

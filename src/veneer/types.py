@@ -94,13 +94,29 @@ class EnvDataset(Protocol):
 
 
 @runtime_checkable
+class Finite(Protocol):
+    """A dataset with so many problems and no more."""
+
+    def size(self, split: Split) -> int:
+        """How many different indices there are; behind them it begins again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ungraded:
+    """In the place of a reward: why there is none."""
+
+    reason: str
+
+
+@runtime_checkable
 class GroupGrader(Protocol):
     """A dataset that grades the episodes of one problem together, when all have ended: judges that compare, rewards of a batch."""
 
     async def compute_group_rewards(
         self, split: Split, index: int, trajectories_G: Sequence[Trajectory]
-    ) -> Sequence[tuple[float, Mapping[str, float]]]:
-        """Per finished member a reward, which is added to what its steps brought, and metrics."""
+    ) -> Sequence[tuple[float, Mapping[str, float]] | Ungraded]:
+        """Per finished member a reward, which is added to what its steps brought, and metrics. An ungraded one has failed, alone."""
         ...
 
 
@@ -267,6 +283,8 @@ class Transition:
     action: Message
     reward: float
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    text: str = ""
+    """What was sampled, as it was written: thinking and calls with their marks, without the token that ended the turn."""
 
 
 @dataclass(frozen=True)

@@ -60,14 +60,16 @@ def test_float32_equals_peft(device: str, architecture: str, tmp_path) -> None:
     assert (logits_of(engine, slot_of(engine, "x"), ids) - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 100.0], ids=["loss", "entropy"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bfloat16_gradients_point_where_float32s_do(device: str, architecture: str) -> None:
-    """Rounding of the base may blur the gradient (bfloat16 has 8 bits), not turn it."""
+def test_bfloat16_gradients_point_where_float32s_do(device: str, architecture: str, entropy_coef: float) -> None:
+    """Rounding of the base may blur the gradient (bfloat16 has 8 bits), not turn it; that of an entropy bonus neither."""
     flat = []
+    loss = ("importance_sampling", {"entropy_coef": entropy_coef}) if entropy_coef else ("cross_entropy", None)
     for dtype in (torch.bfloat16, torch.float32):
         engine = engine_on(device, architecture, dtype)
         add_random_adapter(engine, "x", CONFIG, seed=3)
-        engine.forward_backward("x", [datum(n, seed=n) for n in (24, 9, 17)], "cross_entropy").result()
+        engine.forward_backward("x", [datum(n, seed=n) for n in (24, 9, 17)], *loss).result()
         found = gradients(engine, "x")
         assert all(g.dtype == torch.float32 for g in found.values())
         flat.append(torch.cat([found[key].reshape(-1) for key in sorted(found)]))

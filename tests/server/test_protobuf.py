@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from real_server import Server, process
 from test_malformed import good_request, make, server_errors
 
+from veneer.engine import LOSSES as ENGINE_LOSSES
+from veneer.engine.losses import TERMS
 from veneer.server.tinker import wire
-from veneer.types import DataError
+from veneer.types import DataError, RequestError
 
 pytestmark = pytest.mark.xdist_group("malformed")
 ROUNDS = int(os.environ.get("VENEER_FUZZ", "200"))
@@ -100,6 +102,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "a setting that is a text": lambda r: setattr(r.loss_fn_config_v2["clip_low_threshold"], "text", "x"),
     "a setting that is no number": lambda r: setattr(r.loss_fn_config_v2["clip_low_threshold"], "number", float("nan")),
     "a setting that is unknown": lambda r: setattr(r.loss_fn_config_v2["x" * 1000], "number", 1.0),
+    "a setting that only the engine has": lambda r: setattr(r.loss_fn_config_v2["entropy_coef"], "number", 1.0),
     "advantages that are no numbers": lambda r: fill(r.data[0], "advantages", np.array([np.nan, np.inf, 0], "<f4")),
     "weights that are no numbers": lambda r: fill(r.data[0], "weights", np.array([np.nan, np.inf, 0], "<f4")),
     "arrays of different lengths": lambda r: fill(r.data[0], "weights", np.zeros(2, "<f4")),
@@ -146,6 +149,17 @@ def test_a_bent_body_is_data_or_a_data_error(seed: int, loss: str) -> None:
     except DataError:
         return
     assert len(data) == len(request.data)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_settings_of_a_loss_are_the_protocols(loss: str) -> None:
+    """A client must not come to rely on what Tinker does not have; and all that Tinker has reaches the engine."""
+    assert set(wire.SETTINGS[loss]) == set(ENGINE_LOSSES[loss][1])
+    given = dict.fromkeys(wire.SETTINGS[loss], 0.5)
+    assert wire.loss_settings(loss, given) == given
+    for name in TERMS:
+        with pytest.raises(RequestError, match=f"loss '{loss}' has no setting '{name}'; it has"):
+            wire.loss_settings(loss, {name: 1.0})
 
 
 @given(body=st.binary(max_size=200))

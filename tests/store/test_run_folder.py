@@ -143,14 +143,14 @@ def test_rollouts_keep_the_evidence(tmp_path: Path) -> None:
     turn = Transition(np.array([1, 2]), sample, {"role": "assistant", "content": "ok\u2028"}, 1.0, {"correct": 1.0})
     good, bad = Trajectory([turn], 1.0), Trajectory([turn], 0.0, error="step raised")
     run = Run(tmp_path / "r", CONFIG)
-    run.save_rollouts(1, [TrajectoryGroup(7, [good, bad, good]), TrajectoryGroup(8, [good])], [[0.5, -0.5], None])
+    run.save_rollouts(1, [TrajectoryGroup(7, [good, bad, good]), TrajectoryGroup(8, [good])], [[[0.5], [-0.5]], None])
     records = [json.loads(line) for line in (run.folder / "rollouts/step-000001.jsonl").read_text().split("\n")[:-1]]
     run.close()
-    assert [(r["problem"], r["member"], r["advantage"], r["error"]) for r in records] == [
-        (7, 0, 0.5, None),
-        (7, 1, None, "step raised"),
-        (7, 2, -0.5, None),
-        (8, 0, None, None),
+    assert [(r["problem"], r["member"], [t["advantage"] for t in r["turns"]], r["error"]) for r in records] == [
+        (7, 0, [0.5], None),
+        (7, 1, [None], "step raised"),
+        (7, 2, [-0.5], None),
+        (8, 0, [None], None),
     ]
     (kept,) = records[0]["turns"]
     assert (kept["prompt"], kept["tokens"], kept["logprobs"]) == ([1, 2], [5, 6], [-0.5, -0.25])

@@ -18,7 +18,7 @@ from training_helpers import config_of, engine_of, open_session, run_session
 
 from veneer.engine import FullEngine, load_base
 from veneer.measure.canary import with_canary
-from veneer.train import rl
+from veneer.train import learn
 from veneer.train.session import Session
 from veneer.types import Adapter, AdapterError, AttestationError, Checkpoint, LoraConfig
 
@@ -155,15 +155,15 @@ def test_requests_without_the_adapters_name_are_caught(tmp_path: Path, monkeypat
 def test_samples_of_another_adapter_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """B4. Rollouts of another adapter must not be trained on, whatever their log-probabilities."""
     session = start(tmp_path)
-    to_data = rl.trajectory_to_data
+    to_data = learn.groups_to_data
 
-    def forged(trajectory: Any, advantage: float) -> list[Any]:
-        data = to_data(trajectory, advantage)
-        for datum in data:
+    def forged(*args: Any, **settings: Any) -> list[Any]:
+        data_ED = to_data(*args, **settings)
+        for datum in (datum for data in data_ED for datum in data):
             object.__setattr__(datum.adapter, "digest", "0" * 64)
-        return data
+        return data_ED
 
-    monkeypatch.setattr(rl, "trajectory_to_data", forged)
+    monkeypatch.setattr(learn, "groups_to_data", forged)
     with pytest.raises(AttestationError, match="these samples come from"):
         run_session(session)
 

@@ -57,7 +57,7 @@ def test_it_learns_what_it_kept(tmp_path: Path) -> None:
     assert (result.steps, result.episodes) == (16, 256)
     records = session.run.rollouts(9)
     assert {turn["digest"] for r in records for turn in r["turns"]} == {metrics[8]["adapter/digest"]}
-    kept = [r for r in records if r["advantage"] == 1.0]
+    kept = [r for r in records if r["turns"] and r["turns"][0]["advantage"] == 1.0]
     assert len(kept) == metrics[9]["kept"]
     assert all(r["reward"] == 1.0 for r in kept)
     trained = {session.renderer.decode(d.targets[d.mask == 1]) for row in kept_rows(session, 9) for d in row}
@@ -70,7 +70,7 @@ def test_all_turns_of_a_kept_episode_are_trained(tmp_path: Path) -> None:
     config = make_config({"kind": "rejection", "name": "x", "env": {"name": "calculator"}, "rejection": rejection, "eval": {"problems": 2}})
     session = open_session(config, tmp_path / "run")
     run_session(session)
-    kept = [r for r in session.run.rollouts(1) if r["advantage"] == 1.0]
+    kept = [r for r in session.run.rollouts(1) if r["turns"] and r["turns"][0]["advantage"] == 1.0]
     called = [i for i, r in enumerate(kept) if len(r["turns"]) > 1]
     assert called
     rows = kept_rows(session, 1)

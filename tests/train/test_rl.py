@@ -60,7 +60,7 @@ def test_reward_rises(tmp_path: Path) -> None:
             group = [r for r in records if r["problem"] == problem]
             mean = sum(r["reward"] for r in group) / 8
             if len({r["reward"] for r in group}) > 1:
-                assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group])
+                assert [r["turns"][0]["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group])
 
 
 @pytest.mark.parametrize("loss", ["ppo", "cispo", "dro", "gspo"])
@@ -94,7 +94,7 @@ def test_constant_groups_are_dropped_and_the_run_stops(tmp_path: Path, fault: st
         assert (m["groups/dropped"], m["bits"], m["by_group/frac_mixed"], m["adapter/version"]) == (2, 0, 0, 0)
         assert "optim/grad_norm" not in m
     assert "eval/solved" in metrics[-1]
-    assert all(r["advantage"] is None for r in rollouts(tmp_path / "run", 1))
+    assert all(not any(t["advantage"] for t in r["turns"]) for r in rollouts(tmp_path / "run", 1))
 
 
 FAULTS = [
@@ -124,7 +124,7 @@ def test_a_failing_minority_is_recorded_and_counted(tmp_path: Path, fault: str, 
     records = rollouts(tmp_path / "run", 1)
     failed = [r for r in records if r["error"] is not None]
     assert len(failed) == 2
-    assert all(words in r["error"] and r["advantage"] is None for r in failed)
+    assert all(words in r["error"] and not any(t["advantage"] for t in r["turns"]) for r in failed)
     finished = [r["reward"] for r in records if r["error"] is None]
     assert metrics[1]["reward/total"] == pytest.approx(sum(finished) / 6)
 

@@ -46,7 +46,7 @@ def command(
     from veneer.cli.assemble import pinned, score_of, start_for
     from veneer.store.registry import Registry, is_path
     from veneer.train.evaluate import Evaluation, evaluate
-    from veneer.train.rl import check_failures
+    from veneer.train.metrics import check_failures
     from veneer.train.rollouts import Policy, closing
     from veneer.types import SamplingParams
 
@@ -66,7 +66,7 @@ def command(
     document = {"env": dataset.name, "base": machine.engine.base_id, "adapter": adapter, "solved": rate, "means": result.means}
 
     def human() -> None:
-        print(f"{dataset.name}: solved {format_rate(rate)} of {problems} held-out problems")
+        print(f"{dataset.name}: solved {format_rate(rate)} of {rate['trials']} held-out problems")
         for key, value in sorted(result.means.items()):
             print(f"  {key:<16} {value:.3f}")
 

@@ -32,7 +32,7 @@ from veneer.store.adapters import write_adapter
 from veneer.store.registry import Registry, is_path
 from veneer.train.datums import trajectory_to_data
 from veneer.train.evaluate import evaluate
-from veneer.train.rl import check_failures
+from veneer.train.metrics import check_failures
 from veneer.train.rollouts import Policy, derive_seed
 from veneer.types import (
     AdapterError,
@@ -139,7 +139,7 @@ def write_on(machine: Machine, name: str, prompts: int, seed: int) -> list[Writt
 
 
 def _written(trajectory: Trajectory, reward: float | None) -> Written:
-    data = trajectory_to_data(trajectory, 0.0)
+    data = trajectory_to_data(trajectory)
     return Written(Text([datum.logprobs[datum.mask > 0] for datum in data], reward), data)
 
 

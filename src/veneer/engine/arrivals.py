@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veneer.engine.base import Base
-from veneer.engine.losses import SEQUENCE_RATIO_MASK, check_per_token
+from veneer.engine.losses import REFERENCE_LOGPROBS, SEQUENCE_RATIO_MASK, Terms, check_per_token
 from veneer.engine.memory import total_memory
 from veneer.engine.request import SampleRequest
 from veneer.types import DataError, Datum, Floats, LossName, RequestError
 
 
-def check_data(data: Sequence[Datum], loss_fn: LossName, vocab_size: int, context_length: int) -> None:
+def check_data(data: Sequence[Datum], loss_fn: LossName, terms: Terms, vocab_size: int, context_length: int) -> None:
     """Lengths, token ids, and numbers: the mask must be finite everywhere, all else wherever a loss reads it.
 
     Raises:
@@ -29,7 +29,9 @@ def check_data(data: Sequence[Datum], loss_fn: LossName, vocab_size: int, contex
             if ids.min() < 0 or ids.max() >= vocab_size:
                 raise DataError(f"datum {i}: {name} must be from 0 to {vocab_size - 1}")
         if datum.per_token:
-            check_per_token(loss_fn, datum.per_token)
+            check_per_token(loss_fn, datum.per_token, terms)
+        if terms.kl_coef and REFERENCE_LOGPROBS not in datum.per_token and datum.mask.any():
+            raise DataError(f"datum {i} has no {REFERENCE_LOGPROBS!r} per token, which loss {loss_fn!r} needs as its kl_coef is not 0")
         _check_numbers(i, datum)
 
 

@@ -208,7 +208,7 @@ class LocalEngine:
     def _enqueue_pass(self, adapter: str | None, request: PassRequest) -> EngineFuture[ForwardBackwardOutput]:
         self._check_known(adapter)
         resolve_loss(request.loss_fn, request.loss_config)
-        check_data(request.data, request.loss_fn, self.base.vocab_size, self.context_length)
+        check_data(request.data, request.loss_fn, request.terms, self.base.vocab_size, self.context_length)
         return self._enqueue(Request(adapter, EngineFuture(self.step, self._cancel), train=request))
 
     def _check_known(self, adapter: str | None) -> None:

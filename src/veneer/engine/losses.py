@@ -1,4 +1,4 @@
-"""Losses as pure functions in a table. Each is a plain sum over tokens: normalisation is the caller's.
+"""Losses as pure functions in a table, and what can be added to them. Each is a plain sum over tokens: normalisation is the caller's.
 
 Notation, with one entry per trained token and all tensors [n]: ``lp`` log-probability under the training weights,
 ``q`` under the sampler, ``A`` advantage, ``w`` weight (the mask), ``r = exp(lp - q)``. Names, thresholds and defaults are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from veneer.types import LossName, RequestError
 
 SEQUENCE_RATIO_MASK = "sequence_ratio_mask"
 """What a datum may bring for gspo: the weight of each token in the mean that makes the sequence's ratio."""
+REFERENCE_LOGPROBS = "reference_logprobs"
+"""What a datum must bring where ``kl_coef`` is not 0: the log-probability of each target under the reference, the base as a rule."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class LossInputs:
     """Which datum a token belongs to, counted from 0; int64 [n]."""
     sequence: SequenceTokens | None = None
     """None: the tokens with a weight, each counted once."""
+    reference: Tensor | None = None
+    """Log-probability under the reference; None: not needed."""
+    entropy: Tensor | None = None
+    """Of the whole distribution that the token was one draw from, with gradient; None: not needed."""
 
 
 Settings = Mapping[str, Any]
@@ -108,8 +114,50 @@ LOSSES: dict[LossName, tuple[Loss, dict[str, float]]] = {
 """name -> (function, its settings with their defaults)."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What is added to any loss but ``cross_entropy``, token by token under the same weights: + kl_coef k - entropy_coef H."""
+
+    kl_coef: float = 0.0
+    kl_estimator: float = 3.0
+    """1, 2 or 3: see ``kl_estimate``."""
+    entropy_coef: float = 0.0
+    """Of H, the entropy of the whole next-token distribution where the token was drawn; a negative one lowers it."""
+
+
+TERMS = tuple(field.name for field in fields(Terms))
+"""Their settings, beside a loss's own."""
+
+
+def kl_estimate(lp: Tensor, reference: Tensor, estimator: float) -> Tensor:
+    """[n] estimates of KL(trained || reference) from tokens of the trained policy (http://joschu.net/blog/kl-approx.html), with d their
+    lp - reference: 1 is d, 2 is d^2 / 2, 3 is exp(-d) - 1 + d, which is the loss of GRPO (https://arxiv.org/abs/2402.03300, equation 4)
+    and of TRL with ``use_bias_correction_kl=False``.
+
+    As a loss on fresh samples, only 2 has the gradient of the KL: that of 1 is 0 in the mean, and that of 3 is the other direction's,
+    KL(reference || trained) (https://arxiv.org/abs/2506.09477)."""
+    gap = lp - reference
+    if estimator == 1:
+        return gap
+    return 0.5 * gap.square() if estimator == 2 else torch.expm1(-gap) + gap
+
+
+def add_terms(x: LossInputs, terms: Terms) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What is added to the loss, None for nothing; and sums over tokens of the estimates and the entropies."""
+    parts: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+    if x.reference is not None:
+        kl = kl_estimate(x.lp, x.reference, terms.kl_estimator)
+        parts.append(terms.kl_coef * (x.weights * kl).sum())
+        sums["kl_base"] = kl.detach().sum()
+    if x.entropy is not None:
+        parts.append(-terms.entropy_coef * (x.weights * x.entropy).sum())
+        sums["entropy"] = x.entropy.detach().sum()
+    return torch.stack(parts).sum() if parts else None, sums
+
+
 def resolve_loss(name: str, config: Mapping[str, float] | None) -> tuple[Loss, dict[str, float]]:
-    """The function and its full settings.
+    """The function and its own full settings; ``resolve_terms`` has the others.
 
     Raises:
         RequestError: an unknown loss or setting, or a setting that is not a number.
@@ -117,23 +165,37 @@ def resolve_loss(name: str, config: Mapping[str, float] | None) -> tuple[Loss, d
     if name not in LOSSES:
         raise RequestError(f"unknown loss {name!r}; there are {', '.join(LOSSES)}")
     function, defaults = LOSSES[name]
-    unknown = set(config or ()) - set(defaults)
+    known = [*defaults, *(TERMS if name != "cross_entropy" else ())]
+    unknown = set(config or ()) - set(known)
     if unknown:
-        raise RequestError(f"loss {name!r} has no setting {sorted(unknown)[0]!r}; it has {', '.join(defaults) or 'none'}")
-    settings = {**defaults, **(config or {})}
-    odd = [key for key, value in settings.items() if math.isnan(value)]
+        raise RequestError(f"loss {name!r} has no setting {sorted(unknown)[0]!r}; it has {', '.join(known) or 'none'}")
+    odd = [key for key, value in (config or {}).items() if math.isnan(value)]
     if odd:
         raise RequestError(f"loss {name!r}: setting {odd[0]!r} must be a number, and is NaN")
-    return function, settings
+    return function, {key: (config or {}).get(key, default) for key, default in defaults.items()}
 
 
-def check_per_token(loss: LossName, names: Iterable[str]) -> None:
+def resolve_terms(name: str, config: Mapping[str, float] | None) -> Terms:
+    """What is added to a loss that is known with these settings.
+
+    Raises:
+        RequestError: a setting has a value that it cannot have.
+    """
+    terms = Terms(**{key: value for key, value in (config or {}).items() if key in TERMS})
+    if not (0 <= terms.kl_coef < math.inf and math.isfinite(terms.entropy_coef)):
+        raise RequestError(f"loss {name!r}: kl_coef must be a finite number from 0 and entropy_coef a finite number")
+    if terms.kl_estimator not in (1, 2, 3):
+        raise RequestError(f"loss {name!r}: kl_estimator must be 1, 2 or 3, and is {terms.kl_estimator:g}")
+    return terms
+
+
+def check_per_token(loss: LossName, names: Iterable[str], terms: Terms) -> None:
     """Whether a loss reads what datums bring under these names.
 
     Raises:
         RequestError: it does not.
     """
-    known = [*LOSSES[loss][1], *([SEQUENCE_RATIO_MASK] if loss == "gspo" else [])]
+    known = [*LOSSES[loss][1], *([SEQUENCE_RATIO_MASK] if loss == "gspo" else []), *([REFERENCE_LOGPROBS] if terms.kl_coef else [])]
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise RequestError(f"loss {loss!r} reads no {unknown[0]!r} per token; it reads {', '.join(known) or 'none'}")

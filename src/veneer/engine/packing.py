@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.engine.attention import Ragged, Row, Score
 from veneer.engine.flat import Flat, Segment, filled
-from veneer.engine.losses import SEQUENCE_RATIO_MASK
+from veneer.engine.losses import SEQUENCE_RATIO_MASK, Terms, resolve_terms
 from veneer.types import Datum, LossName, Tokens
 
 T = TypeVar("T")
@@ -46,6 +46,20 @@ class PassRequest:
     def width(self) -> int:
         """Targets at a position, the most that a datum has; 0 if all have arrays [N]."""
         return max((datum.targets.shape[1] for datum in self.data if datum.targets.ndim == 2), default=0)
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What is added to the loss."""
+        return resolve_terms(self.loss_fn, self.loss_config)
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.terms.entropy_coef != 0
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """Only requests of one kind share a pass: what one needs must cost the other nothing."""
+        return self.width, self.needs_entropy
 
 
 @dataclass(eq=False)
@@ -230,11 +244,11 @@ def _spread(items: Sequence[T], sizes: Sequence[int], count: int, limit: int) ->
 
 
 def join(units: Iterable[Unit], budget: int, mixes_slots: bool) -> list[list[Unit]]:
-    """Units that share a pass: neighbours with as many targets at a position, as long as they fit."""
+    """Units that share a pass: neighbours of one kind, as long as they fit."""
     passes: list[list[Unit]] = []
     room = 0
     for unit in units:
-        if not passes or unit.tokens > room or not mixes_slots or unit.request.width != passes[-1][0].request.width:
+        if not passes or unit.tokens > room or not mixes_slots or unit.request.kind != passes[-1][0].request.kind:
             passes.append([])
             room = budget
         passes[-1].append(unit)

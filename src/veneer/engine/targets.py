@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from veneer.engine.losses import SEQUENCE_RATIO_MASK, LossInputs, SequenceTokens, Settings
+from veneer.engine.losses import REFERENCE_LOGPROBS, SEQUENCE_RATIO_MASK, LossInputs, SequenceTokens, Settings, Terms
 from veneer.engine.packing import Member, Unit
 from veneer.types import Floats
 
@@ -52,15 +52,24 @@ class UnitTargets:
         """Per member the log-probabilities of its asked targets, in their order."""
         return [lp.reshape(-1)[places] for places in self.places]
 
-    def loss_inputs(self, lp: Tensor) -> LossInputs:
-        """What a loss reads; ``lp`` [wanted] or [wanted, K]."""
+    def loss_inputs(self, lp: Tensor, terms: Terms, entropy: Tensor | None = None) -> LossInputs:
+        """What a loss reads; ``lp`` [wanted] or [wanted, K], ``entropy`` [wanted] if the terms need it."""
         flat, device = lp.reshape(-1), lp.device
         weighted = [p if m.asked is m.weighted else p[m.weighted[m.asked]] for m, p in zip(self.members, self.places, strict=True)]
         count = sum(map(len, weighted))
-        own = flat if count == len(flat) else flat.index_select(0, _on(np.concatenate(weighted), device))
+        index = None if count == len(flat) else _on(np.concatenate(weighted), device)
+        own = flat if index is None else flat.index_select(0, index)
+        if entropy is not None:
+            every = entropy if lp.ndim == 1 else entropy[:, None].expand_as(lp).reshape(-1)
+            entropy = every if index is None else every.index_select(0, index)
         q, advantages, weights = (self._trained(name, device) for name in ("logprobs", "advantages", "mask"))
         owners = np.repeat(np.arange(len(weighted)), [len(places) for places in weighted])
-        return LossInputs(own, q, advantages, weights, _on(owners, device), self._sequence(flat, weighted))
+        sequence, reference = self._sequence(flat, weighted), self._reference(device) if terms.kl_coef else None
+        return LossInputs(own, q, advantages, weights, _on(owners, device), sequence, reference, entropy)
+
+    def _reference(self, device: torch.device) -> Tensor:
+        """Datums without a weight bring none and are asked for none."""
+        return _on(np.concatenate([m.datum.per_token[REFERENCE_LOGPROBS][m.weighted] for m in self.members if m.trains]), device)
 
     def _trained(self, field: str, device: torch.device) -> Tensor:
         return _on(np.concatenate([getattr(m.datum, field)[m.weighted] for m in self.members]), device)

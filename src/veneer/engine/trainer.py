@@ -19,8 +19,8 @@ from torch import Tensor
 from veneer.engine.base import Base, Head
 from veneer.engine.crew import Weights
 from veneer.engine.lanes import Lanes, Stuck
-from veneer.engine.logprobs import target_logprobs
-from veneer.engine.losses import drift, resolve_loss
+from veneer.engine.logprobs import target_logprobs, target_logprobs_and_entropies
+from veneer.engine.losses import add_terms, drift, resolve_loss
 from veneer.engine.memory import free_memory, out_of_memory
 from veneer.engine.packing import PassRequest, Unit, cut, join, pack
 from veneer.engine.targets import UnitTargets, line_targets
@@ -122,11 +122,16 @@ class Trainer:
         results: list[_Result] = []
 
         def finish(hidden: Tensor, head: Head) -> Tensor:
-            lp = target_logprobs(hidden, line_targets(units, hidden.device), head)
-            losses = []
-            for unit, part in zip(units, lp.split([segment.wanted for segment in flat.segments]), strict=True):
+            read, entropy = line_targets(units, hidden.device), None
+            if units[0].request.needs_entropy:
+                lp, entropy = target_logprobs_and_entropies(hidden, read, head)
+            else:
+                lp = target_logprobs(hidden, read, head)
+            losses, counts = [], [segment.wanted for segment in flat.segments]
+            entropies = [None] * len(units) if entropy is None else entropy.split(counts)
+            for unit, part, own in zip(units, lp.split(counts), entropies, strict=True):
                 targets = UnitTargets(unit)
-                loss, sums = _loss(unit.request, targets, part)
+                loss, sums = _loss(unit.request, targets, part, own)
                 losses.append(loss)
                 results.append(_Result(unit, targets.handed_back(part.detach().cpu().numpy()), sums))
             return torch.stack(losses).sum()
@@ -149,16 +154,18 @@ class _Result:
     error: Exception | None = None
 
 
-def _loss(request: PassRequest, targets: UnitTargets, lp: Tensor) -> tuple[Tensor, dict[str, float]]:
+def _loss(request: PassRequest, targets: UnitTargets, lp: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, float]]:
     """The summed loss of a unit and what is told about it; the loss of no tokens is 0."""
-    function, config = resolve_loss(request.loss_fn, request.loss_config)
-    inputs = targets.loss_inputs(lp)
-    if not len(inputs.lp):
+    if not any(member.trains for member in targets.members):
         return lp.new_zeros(()), {}
+    function, config = resolve_loss(request.loss_fn, request.loss_config)
+    inputs = targets.loss_inputs(lp, request.terms, entropy)
     value, clipped = function(inputs, targets.settings(config, lp.device))
+    added, told = add_terms(inputs, request.terms)
+    value = value if added is None else value + added
     sums = {"loss": float(value.detach()), "tokens": float(len(inputs.lp)), "clipped": float(clipped.sum())}
     if request.loss_fn != "cross_entropy":
-        sums |= {name: float(t) for name, t in drift(inputs).items()}
+        sums |= {name: float(t) for name, t in (drift(inputs) | told).items()}
     return value, sums
 
 
@@ -167,6 +174,6 @@ def to_output(answer: Answer) -> ForwardBackwardOutput:
     total = answer.sums
     tokens = max(total.get("tokens", 0.0), 1.0)
     metrics = {"loss:sum": total.get("loss", 0.0), "tokens:sum": total.get("tokens", 0.0)}
-    names = {"clipped": "clip_fraction", "ratio": "ratio"} | {k: k for k in total if k.startswith("kl_")}
+    names = {"clipped": "clip_fraction", "ratio": "ratio", "entropy": "entropy"} | {k: k for k in total if k.startswith("kl_")}
     metrics |= {f"{new}:mean": total[old] / tokens for old, new in names.items() if old in total}
     return ForwardBackwardOutput(answer.logprobs_D, metrics)

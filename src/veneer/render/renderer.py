@@ -168,10 +168,14 @@ class Renderer:
             answer = np.append(answer, end)
         return self.encode(prompt), answer
 
+    def written(self, sampled: Tokens, stopped: bool) -> str:
+        """The text of a completion. ``stopped``: the last token ended the turn and is no part of it."""
+        return self.decode(sampled[:-1] if stopped else sampled)
+
     def parse_response(self, sampled: Tokens, stopped: bool) -> Message:
         """The assistant message in a completion. ``stopped``: the last token ended the turn and is no part of the content.
         Thinking that never closes leaves an empty content; a tool call that is not valid JSON stays text, and is named as invalid."""
-        text = self.decode(sampled[:-1] if stopped else sampled)
+        text = self.written(sampled, stopped)
         reader = Reader(thinking=THINK in text or THOUGHT in text, calls=True)
         parts = reader.feed(text, last=True)
         message: Message = {"role": "assistant", "content": "".join(part.content for part in parts)}

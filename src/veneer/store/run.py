@@ -107,9 +107,10 @@ class Run:
         return [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
 
     def save_rollouts(
-        self, step: int, groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None], kind: str = "step"
+        self, step: int, groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[Sequence[float]] | None], kind: str = "step"
     ) -> None:
-        """Every trajectory of a step: tokens, log-probabilities, reward, advantage (null: dropped), error. ``kind`` "eval": held out."""
+        """Every trajectory of a step: tokens, log-probabilities, reward, advantage of every turn (null: dropped), error. ``kind`` "eval":
+        held out."""
         lines = [json.dumps(record) for record in _rollout_records(groups_P, advantages_P)]
         path = self.folder / "rollouts" / f"{kind}-{step:06d}.jsonl"
         with storage_errors(path):
@@ -130,16 +131,18 @@ def _whole_lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1]
 
 
-def _rollout_records(groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[float] | None]) -> Iterator[dict[str, Any]]:
+def _rollout_records(
+    groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence[Sequence[Sequence[float]] | None]
+) -> Iterator[dict[str, Any]]:
     for group, advantages_G in zip(groups_P, advantages_P, strict=True):
         finished = iter(advantages_G or ())
         for member, trajectory in enumerate(group.trajectories_G):
             dropped = advantages_G is None or trajectory.error is not None
+            advantages_T = [None] * len(trajectory.transitions) if dropped else next(finished)
             yield {
                 "problem": group.index,
                 "member": member,
                 "reward": trajectory.reward,
-                "advantage": None if dropped else next(finished),
                 "error": trajectory.error,
                 "metrics": trajectory.metrics,
                 "turns": [
@@ -152,7 +155,8 @@ def _rollout_records(groups_P: Sequence[TrajectoryGroup], advantages_P: Sequence
                         "digest": None if t.sample.adapter is None else t.sample.adapter.digest,
                         "action": t.action,
                         "reward": t.reward,
+                        "advantage": advantage,
                     }
-                    for t in trajectory.transitions
+                    for t, advantage in zip(trajectory.transitions, advantages_T, strict=True)
                 ],
             }

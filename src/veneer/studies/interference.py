@@ -20,7 +20,7 @@ from veneer.render import Renderer
 from veneer.store.files import veneer_home
 from veneer.store.stack import stack_adapters
 from veneer.train.evaluate import evaluate
-from veneer.train.rl import check_failures
+from veneer.train.metrics import check_failures
 from veneer.train.rollouts import Policy
 from veneer.types import AdapterError, Checkpoint, Engine, EnvDataset, SamplingParams
 

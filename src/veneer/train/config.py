@@ -7,7 +7,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,23 +50,68 @@ class EnvSettings(Settings):
 
 class RlSettings(Settings):
     steps: int = Field(default=80, ge=0)
-    """Optimizer steps."""
+    """Steps: batches of episodes."""
     groups_per_batch: int = Field(default=8, ge=1)
     """Problems a step."""
     group_size: int = Field(default=8, ge=2)
     """Episodes of each problem: what advantages are centred over."""
     max_tokens: int = Field(default=72, ge=1)
     """Length limit of one turn."""
-    loss: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = "importance_sampling"
-    """importance_sampling, ppo, cispo, dro or gspo."""
-    loss_config: dict[str, float] = {}
-    """Settings of the loss, such as clip_high_threshold."""
     learning_rate: float = Field(default=1.5e-3, ge=0)
     """Constant. About ten times that of full fine-tuning."""
     grad_clip_norm: float = Field(default=0.0, ge=0)
     """0 is off."""
+    advantage: str = "group_mean"
+    """How rewards become advantages: group_mean, grpo, rloo, rloo_length, reinforce_plus_plus, reinforce_plus_plus_baseline,
+    pass_at_k or turn."""
+    advantage_config: dict[str, float] = {}
+    """Settings of the advantage, such as k of pass_at_k."""
+    loss: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = "importance_sampling"
+    """importance_sampling, ppo, cispo, dro or gspo."""
+    loss_config: dict[str, float] = {}
+    """Settings of the loss, such as clip_high_threshold."""
+    normalise: Literal["episodes", "sequence_mean", "token_mean", "max_tokens"] = "episodes"
+    """What the sum over tokens is divided by: episodes, sequence_mean, token_mean or max_tokens."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Keeps the adapter near the base: the weight of the KL divergence to it. The base is the same model with the adapter off."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether the KL is a term of the loss or taken from each token's advantage."""
+    kl_estimator: Literal[1, 2, 3] = 3
+    """Schulman's k1, k2 or k3."""
+    kl_discount: float = Field(default=0.0, ge=0, le=1)
+    """In the reward: 0 charges each token for its own KL, 1 for all that follows too (REINFORCE++)."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy of the next token, as a bonus."""
+    correction: Literal["none", "truncated", "masked"] = "none"
+    """What is done where the trainer's probabilities are not the sampler's: importance weights, cut off or dropped outside bounds."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """Whether a weight is a token's or an episode's."""
+    correction_config: dict[str, float] = {}
+    """Its bounds: low and high."""
+    mask_truncated: bool = False
+    """Episodes that ran into a length limit count for the others' baseline and are not trained on."""
+    soft_overlong: int = Field(default=0, ge=0)
+    """The last so many tokens below max_tokens cost reward, up to 1 (DAPO); 0 is off."""
+    refill: float = Field(default=0.0, ge=0)
+    """Replace useless groups (dynamic sampling): at most so many times groups_per_batch further problems a step."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a step's episodes."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimizer steps a pass."""
+    max_lag: int = Field(default=0, ge=0)
+    """Sampling goes on while training does, up to so many steps behind the weights that it trains; 0 waits for each other."""
     max_useless_steps: int = Field(default=8, ge=1)
     """Stop after this many steps in a row in which no group had two different rewards."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.refill and self.max_lag:
+            raise ValueError("refill and max_lag exclude each other: groups in flight are played before anybody knows which are useless")
+        if self.soft_overlong >= self.max_tokens:
+            raise ValueError(f"soft_overlong must be smaller than max_tokens = {self.max_tokens}")
+        if self.minibatches > self.groups_per_batch * self.group_size:
+            raise ValueError("there are more minibatches than episodes a step")
+        return self
 
 
 class SftSettings(Settings):

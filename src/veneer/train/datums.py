@@ -7,17 +7,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from veneer.types import Adapter, Datum, Floats, Tokens, Trajectory
+from veneer.train.advantages import Advantages
+from veneer.types import Adapter, Datum, Floats, Tokens, Trajectory, TrajectoryGroup
 
 
-def trajectory_to_data(trajectory: Trajectory, advantage: float) -> list[Datum]:
+def groups_to_data(groups_P: Sequence[TrajectoryGroup], advantages_P: Advantages, *, mask_truncated: bool = False) -> list[list[Datum]]:
+    """Per finished episode of the groups with a signal its datums.
+
+    ``mask_truncated``: an episode that ran into a limit has none; it stays in its group's baseline, and counts among the batch's
+    episodes (DAPO's overlong filtering, https://arxiv.org/abs/2503.14476, section 3.4; TRL's ``mask_truncated_completions``).
+    """
+    return [
+        [] if mask_truncated and trajectory.truncated else trajectory_to_data(trajectory, advantages_T)
+        for group, advantages_G in zip(groups_P, advantages_P, strict=True)
+        if advantages_G is not None
+        for trajectory, advantages_T in zip((t for t in group.trajectories_G if t.error is None), advantages_G, strict=True)
+    ]
+
+
+def trajectory_to_data(trajectory: Trajectory, advantages_T: Sequence[float] | None = None) -> list[Datum]:
     """One datum per run of turns in which each prompt extends the last; normally one for the whole episode.
 
-    The advantage stands on every sampled token; mask is 1 there and 0 on all that was not sampled.
+    A turn's advantage stands on every token that was sampled in it, 0 where none is given; mask is 1 there and 0 on all that was not
+    sampled.
     """
+    advantages_T = [0.0] * len(trajectory.transitions) if advantages_T is None else advantages_T
     data: list[Datum] = []
     row: _Row | None = None
-    for turn in trajectory.transitions:
+    for turn, advantage in zip(trajectory.transitions, advantages_T, strict=True):
         if row is None or row.adapter != turn.sample.adapter or not row.is_prefix_of(turn.prompt):
             data += [] if row is None else [row.shifted()]
             row = _Row(turn.sample.adapter)

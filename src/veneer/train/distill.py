@@ -32,7 +32,8 @@ from veneer.measure.intervals import mean_interval
 from veneer.render import Renderer
 from veneer.train.datums import trajectory_to_data, weighed
 from veneer.train.evaluate import evaluate
-from veneer.train.rl import KL_LIMITS, check_failures
+from veneer.train.learn import KL_LIMITS
+from veneer.train.metrics import check_failures
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts, with_system
 from veneer.train.scoring import score
 from veneer.train.session import Metrics, Session
@@ -132,7 +133,7 @@ async def train(session: Session, dataset: EnvDataset, teacher: Teacher, held_ou
 
 async def _follow(session: Session, teacher: Teacher, episodes: Sequence[Trajectory]) -> Metrics:
     """Gather the gradient of the student's own episodes, as the teacher judges them."""
-    data = [datum for episode in episodes for datum in trajectory_to_data(episode, 0.0)]
+    data = [datum for episode in episodes for datum in trajectory_to_data(episode)]
     gaps_D = await distances(session.renderer, teacher, episodes)
     tokens = sum(map(len, gaps_D))
     judged = [with_gaps(datum, gaps, 1 / tokens) for datum, gaps in zip(data, gaps_D, strict=True)]
@@ -149,8 +150,8 @@ async def _follow(session: Session, teacher: Teacher, episodes: Sequence[Traject
 async def distances(renderer: Renderer, teacher: Teacher, episodes: Sequence[Trajectory]) -> list[Floats]:
     """log p_student - log p_teacher of the tokens that the student sampled, per datum of the episodes: their mean is an unbiased
     estimate of the reverse KL."""
-    own = [datum for episode in episodes for datum in trajectory_to_data(episode, 0.0)]
-    seen = [datum for episode in episodes for datum in trajectory_to_data(seen_with(episode, renderer, teacher.prompt), 0.0)]
+    own = [datum for episode in episodes for datum in trajectory_to_data(episode)]
+    seen = [datum for episode in episodes for datum in trajectory_to_data(seen_with(episode, renderer, teacher.prompt))]
     judged = (await teacher.engine.forward(teacher.adapter, seen, "cross_entropy")).logprobs_D
     return [a.logprobs[a.mask != 0] - lp[b.mask != 0] for a, b, lp in zip(own, seen, judged, strict=True)]
 
@@ -169,7 +170,7 @@ async def _imitate(session: Session, episodes: Sequence[Trajectory]) -> Metrics:
     """Gather the gradient of the teacher's episodes, as the student sees them."""
     data, entropy = [], 0.0
     for episode in episodes:
-        rows = [dataclasses.replace(d, adapter=None) for d in trajectory_to_data(seen_with(episode, session.renderer, ""), 0.0)]
+        rows = [dataclasses.replace(d, adapter=None) for d in trajectory_to_data(seen_with(episode, session.renderer, ""))]
         tops = [turn.sample.top_logprobs for turn in episode.transitions if turn.sample.top_logprobs is not None]
         if tops:
             rows, nats = soft_rows(rows, tops)
@@ -263,7 +264,7 @@ async def held_out_metrics(
     sums: list[float] = []
     tokens = 0
     for episode in episodes:
-        gaps = [next(gaps_D) for _ in trajectory_to_data(episode, 0.0)]
+        gaps = [next(gaps_D) for _ in trajectory_to_data(episode)]
         sums.append(sum(float(g.sum(dtype="float64")) for g in gaps))
         tokens += sum(map(len, gaps))
     metrics["eval/kl/student_teacher"] = sum(sums) / tokens

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from veneer.measure.habits import habit_metrics
 from veneer.measure.intervals import Rate, wilson
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
-from veneer.types import EnvDataset, Trajectory, TrajectoryGroup
+from veneer.types import EnvDataset, Finite, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Evaluation:
 
     solved: Rate
     means: dict[str, float]
-    """``reward``, ``tokens`` and ``failed``, and the environment's own metrics under ``env/``."""
+    """``reward``, ``tokens`` and ``failed``, the environment's own metrics under ``env/``, and what the policy does about its own work
+    under ``habits/``."""
     trajectories: Sequence[Trajectory]
 
     def metrics(self) -> dict[str, float]:
@@ -30,7 +32,9 @@ class Evaluation:
 
 
 async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int) -> Evaluation:
-    """Play held-out problems 0 to ``problems`` - 1 once each. The same seed draws the same numbers whatever the adapter."""
+    """Play held-out problems 0 to ``problems`` - 1 once each, no more than there are. The same seed draws the same numbers whatever the
+    adapter."""
+    problems = min(problems, dataset.size("eval")) if isinstance(dataset, Finite) else problems
     groups = await do_rollouts(policy, dataset, "eval", range(problems), 1, derive_seed("eval", seed))
     trajectories = [group.trajectories_G[0] for group in groups]
     names = sorted({name for t in trajectories for name in t.metrics})
@@ -38,4 +42,5 @@ async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int
     means["reward"] = sum(t.reward for t in trajectories) / problems
     means["tokens"] = sum(len(turn.sample.tokens) for t in trajectories for turn in t.transitions) / problems
     means["failed"] = float(sum(t.error is not None for t in trajectories))
+    means |= habit_metrics(trajectories)
     return Evaluation(wilson(sum(t.reward >= 1.0 for t in trajectories), problems), means, trajectories)

@@ -23,7 +23,7 @@ import numpy as np
 
 from veneer.measure.canary import check_drawn
 from veneer.train.datums import supervised_data, weighed
-from veneer.train.rl import check_failures, rollout_metrics
+from veneer.train.metrics import check_failures, rollout_metrics
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
 from veneer.train.rows import batch_indices
 from veneer.train.scoring import score
@@ -105,7 +105,7 @@ async def sample_round(session: Session, policy: Policy, dataset: EnvDataset, ro
             f"round {round_ + 1}: none of {len(indices) * rejection.group_size} episodes reached rejection.bar = {rejection.bar:g}; "
             f"{best}; lower the bar, play more episodes, or start from SFT"
         )
-    session.run.save_rollouts(step, groups_P, kept_P)
+    session.run.save_rollouts(step, groups_P, [_every_turn(group, kept_G) for group, kept_G in zip(groups_P, kept_P, strict=True)])
     return {**rollout_metrics(groups_P), "kept": kept, "problems/kept": sum(any(kept_G) for kept_G in kept_P) / len(groups_P)}
 
 
@@ -121,6 +121,11 @@ def choose(group: TrajectoryGroup, bar: float, keep: int) -> list[float]:
     return verdicts
 
 
+def _every_turn(group: TrajectoryGroup, kept_G: Sequence[float]) -> list[list[float]]:
+    finished = (t for t in group.trajectories_G if t.error is None)
+    return [[kept] * len(t.transitions) for t, kept in zip(finished, kept_G, strict=True)]
+
+
 def _said(trajectory: Trajectory) -> bytes:
     return b"/".join(turn.sample.tokens.tobytes() for turn in trajectory.transitions)
 
@@ -128,6 +133,6 @@ def _said(trajectory: Trajectory) -> bytes:
 def kept_rows(session: Session, step: int) -> list[list[Datum]]:
     """The datums of the episodes that were kept at ``step``, from the run's folder: a run that was interrupted within a round finds there
     what the weights that it no longer has have sampled."""
-    kept: Sequence[dict[str, list[dict[str, list[int]]]]] = [r for r in session.run.rollouts(step) if r["advantage"] == 1.0]
+    kept = [r for r in session.run.rollouts(step) if r["turns"] and r["turns"][0]["advantage"] == 1.0]
     turns = [[(np.array(turn["prompt"], np.int64), np.array(turn["tokens"], np.int64)) for turn in r["turns"]] for r in kept]
     return [supervised_data(episode) for episode in turns]

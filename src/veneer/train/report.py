@@ -76,6 +76,22 @@ def _bits(axes: Axes, metrics: Records) -> None:
     axes.set_ylabel("bits so far")
 
 
+def _habits(axes: Axes, metrics: Records) -> None:
+    names = {"verification": "#06c", "backtracking": "#9ab", "correction": "#c60", "recovery": "#693"}
+    for name, color in names.items():
+        if any(f"habits/{name}" in m for m in metrics):
+            axes.plot(*_series(metrics, f"habits/{name}"), color=color, linewidth=1, label=name)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=7)
+
+
+def _corrections(axes: Axes, metrics: Records) -> None:
+    axes.plot(*_series(metrics, "habits/incorrect_to_correct"), color="#06c", linewidth=1, label="became correct")
+    axes.plot(*_series(metrics, "habits/correct_to_incorrect"), color="#c33", linewidth=1, label="became incorrect")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
 def _length(axes: Axes, metrics: Records) -> None:
     axes.plot(*_series(metrics, "tokens/mean"), color="#06c", linewidth=1)
     axes.set_ylabel("tokens an episode")
@@ -108,6 +124,18 @@ FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
     ("Useful groups", "A group whose members all got the same reward teaches nothing and is dropped.", _groups, "by_group/frac_mixed"),
     ("Bits received", "Entropy of the rewards in each group: an estimate of the most that the run could learn.", _bits, "bits"),
     ("Entropy", "Of the sampled tokens: how much exploration is left.", _entropy, "optim/entropy"),
+    (
+        "Habits",
+        "Shares of episodes that check their work, go back, and take an equation back; of those with a failed call, the share solved.",
+        _habits,
+        "habits/verification",
+    ),
+    (
+        "Corrections",
+        "Of the equations that were stated again otherwise: what became of them.",
+        _corrections,
+        "habits/incorrect_to_correct",
+    ),
     ("Length", "Tokens that the model wrote in an episode.", _length, "tokens/mean"),
     ("Preference", "Beta times what training adds to the log-probability of an answer.", _preference, "rewards/chosen"),
     ("Distance", "Reverse KL to the teacher on held-out problems, 95%.", _distance, "eval/kl/episode_low"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from veneer.types import (
     Trajectory,
     TrajectoryGroup,
     Transition,
+    Ungraded,
     in_one_line,
 )
 
@@ -94,7 +95,11 @@ async def _play(policy: Policy, dataset: EnvDataset, split: Split, index: int, s
             action = policy.renderer.parse_response(sample.tokens, sample.stop_reason == "stop")
             result = expect(await in_env(partial(env.step, action), "step", seconds), StepResult, "step")
             metrics = checked_metrics(result.metrics)
-            turns.append(Transition(prompt, sample, action, checked_number(result.reward, "step's reward"), metrics))
+            reward, text = (
+                checked_number(result.reward, "step's reward"),
+                policy.renderer.written(sample.tokens, sample.stop_reason == "stop"),
+            )
+            turns.append(Transition(prompt, sample, action, reward, metrics, text))
             total = sum(t.reward for t in turns)
             if result.episode_done or sample.stop_reason == "length":
                 return Trajectory(turns, total, truncated=sample.stop_reason == "length", observation=shown)
@@ -151,15 +156,23 @@ async def _graded(policy: Policy, dataset: GroupGrader, split: Split, index: int
         verdicts = await in_env(lambda: dataset.compute_group_rewards(split, index, finished), what, policy.env_seconds)
         if len(expect(verdicts, list, what)) != len(finished):
             raise EnvFailure(f"{what} returned {len(verdicts)} rewards for {len(finished)} episodes")
-        checked = [(checked_number(reward, f"{what}'s reward"), checked_metrics(metrics)) for reward, metrics in verdicts]
     except EnvFailure as failure:
         return [replace(t, reward=0.0, error=t.error or str(failure)) for t in trajectories_G]
-    added = iter(checked)
-    return [t if t.error is not None else _with(t, *next(added)) for t in trajectories_G]
+    graded = iter([_with(t, verdict, what) for t, verdict in zip(finished, verdicts, strict=True)])
+    return [t if t.error is not None else next(graded) for t in trajectories_G]
 
 
-def _with(trajectory: Trajectory, reward: float, metrics: dict[str, float]) -> Trajectory:
-    return replace(trajectory, reward=trajectory.reward + reward, group_metrics=metrics)
+def _with(trajectory: Trajectory, verdict: tuple[float, Mapping[str, float]] | Ungraded, what: str) -> Trajectory:
+    """A member with what the group's grader says of it; one without a proper verdict has failed."""
+    try:
+        if isinstance(verdict, Ungraded):
+            raise EnvFailure(verdict.reason)
+        if len(expect(verdict, tuple, f"{what}'s list")) != 2:
+            raise EnvFailure(f"{what} returned {verdict!r:.80}, not a reward and metrics")
+        added, metrics = checked_number(verdict[0], f"{what}'s reward"), checked_metrics(verdict[1])
+        return replace(trajectory, reward=trajectory.reward + added, group_metrics=metrics)
+    except EnvFailure as failure:
+        return replace(trajectory, reward=0.0, error=str(failure))
 
 
 async def do_rollouts(

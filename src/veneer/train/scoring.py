@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from veneer.measure.canary import check_drawn
 from veneer.train.evaluate import Evaluation, evaluate
-from veneer.train.rl import check_failures
+from veneer.train.metrics import check_failures
 from veneer.train.rollouts import Policy
 from veneer.train.session import Session
 from veneer.types import Adapter, EnvDataset

@@ -32,14 +32,22 @@ class _Guarded(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         steps: Generator[Any, Any, T] | None = None
+        thrown: BaseException | None = None
         while True:
             with alarm(self.seconds):
                 steps = self.call().__await__() if steps is None else steps
                 try:
-                    waiting_for = next(steps)
+                    waiting_for = next(steps) if thrown is None else steps.throw(thrown)
                 except StopIteration as end:
                     return end.value
-            yield waiting_for
+            thrown = None
+            try:
+                yield waiting_for
+            except GeneratorExit:
+                steps.close()
+                raise
+            except BaseException as error:  # a cancellation: a time limit inside of the environment makes something of its own
+                thrown = error
 
 
 @contextmanager
@@ -74,6 +82,8 @@ async def in_env(call: Callable[[], Awaitable[T]], what: str, seconds: float) ->
     try:
         for _ in range(SLICES):
             await asyncio.wait({task}, timeout=seconds / SLICES)
+            if task.cancelled():
+                raise RuntimeError("it was cancelled from inside")
             if task.done():
                 return task.result()
         raise TimeoutError

@@ -196,7 +196,7 @@ class Run:
             if not request.data:
                 raise DataError("no data: a forward_backward needs at least one datum")
             data = wire.to_data(request.data, request.loss_fn)
-            config = _numbers(request.loss_config)
+            config = wire.loss_settings(request.loss_fn, request.loss_config)
             run = engine.forward if request.forward_only else engine.forward_backward
             return run(self.row.id, data, request.loss_fn, config, everywhere=True)  # type: ignore[arg-type]
 
@@ -288,10 +288,3 @@ class Run:
             if old is not None and old != str(folder):
                 await asyncio.to_thread(self.checkpoints.remove_folder, Path(old))
         self._save_after = time.monotonic() + (time.monotonic() - started) / STATE_SHARE
-
-
-def _numbers(config: dict[str, float | str]) -> dict[str, float]:
-    for name, value in config.items():
-        if isinstance(value, str):
-            raise RequestError(f"loss_fn_config: {name} = {value!r} is no number; losses defined by the client run on the client's side")
-    return {name: float(value) for name, value in config.items()}

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from veneer.server.tinker.pieces import check_pieces
-from veneer.types import DataError, Datum, Floats, ForwardBackwardOutput, Sample, Tokens, TopLogprobs
+from veneer.types import DataError, Datum, Floats, ForwardBackwardOutput, RequestError, Sample, Tokens, TopLogprobs
 
 PROTOBUF = "application/x-protobuf"
 SCHEMA = """
@@ -130,6 +130,22 @@ def parse_pass(body: bytes) -> Pass:
 PER_TOKEN = ("sequence_ratio_mask", "clip_low_threshold", "clip_high_threshold")
 POLICY_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo")
 """Losses in which a token without an advantage adds nothing to value or gradient."""
+CLIPPING = ("clip_low_threshold", "clip_high_threshold")
+SETTINGS = {"cross_entropy": (), "importance_sampling": (), "ppo": CLIPPING, "cispo": CLIPPING, "dro": ("beta",), "gspo": CLIPPING}
+"""What ``loss_fn_config`` may set by the protocol, which is less than the engine's losses have: a client that runs here runs there."""
+
+
+def loss_settings(loss_fn: str, config: Mapping[str, float | str]) -> dict[str, float]:
+    """
+    Raises:
+        RequestError: a setting is no number, or none of the protocol's.
+    """
+    for name, value in config.items():
+        if isinstance(value, str):
+            raise RequestError(f"loss_fn_config: {name} = {value!r} is no number; losses defined by the client run on the client's side")
+        if loss_fn in SETTINGS and name not in SETTINGS[loss_fn]:
+            raise RequestError(f"loss {loss_fn!r} has no setting {name!r}; it has {', '.join(SETTINGS[loss_fn]) or 'none'}")
+    return {name: float(value) for name, value in config.items()}
 
 
 def to_data(data: Sequence[Any], loss_fn: str) -> list[Datum]:

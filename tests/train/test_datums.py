@@ -1,8 +1,7 @@
-"""Rewards to advantages and trajectories to datums: where off-by-one errors would live."""
+"""Trajectories to datums, and what weighs them: where off-by-one errors would live."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,34 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.train.advantages import group_mean, is_constant
-from veneer.train.datums import supervised_data, trajectory_to_data
-from veneer.types import Adapter, DataError, Datum, Sample, Trajectory, Transition
+from veneer.train.datums import groups_to_data, supervised_data, trajectory_to_data
+from veneer.types import Adapter, DataError, Datum, Sample, Trajectory, TrajectoryGroup, Transition
 
 ADAPTER = Adapter("a", 1, "d" * 64, "base", "b" * 64)
-REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=16)
-
-
-@given(rewards=REWARDS)
-def test_advantages_sum_to_zero_and_keep_the_order(rewards: list[float]) -> None:
-    """A group's advantages that do not cancel push all of its answers up or down."""
-    advantages = group_mean(rewards)
-    assert len(advantages) == len(rewards)
-    assert abs(math.fsum(advantages)) < 1e-9 * max(1, max(map(abs, rewards))) * len(rewards)
-    for i in range(len(rewards) - 1):
-        low, high = sorted((i, i + 1), key=lambda k: rewards[k])
-        assert advantages[low] <= advantages[high]
-
-
-def test_group_mean_does_not_rescale() -> None:
-    """Dividing by the deviation would favour the groups that are nearly all right or all wrong."""
-    assert group_mean([1, 0, 0, 0]) == [0.75, -0.25, -0.25, -0.25]
-
-
-@pytest.mark.parametrize(("rewards", "constant"), [([], True), ([1.0], True), ([0.5, 0.5], True), ([0.0, -0.0], True), ([0.0, 1.0], False)])
-def test_is_constant(rewards: list[float], constant: bool) -> None:
-    """Groups without two different rewards carry no bits."""
-    assert is_constant(rewards) is constant
 
 
 def turn(
@@ -63,7 +38,7 @@ def check_row(datum: Datum, whole: Sequence[int], sampled: dict[int, float], adv
 
 def test_one_turn() -> None:
     """The one-token shift, by hand: the last prompt token predicts the first sampled one."""
-    (datum,) = trajectory_to_data(Trajectory([turn([5, 6, 7], [8, 9], [-0.5, -0.25])], 1.0), 0.75)
+    (datum,) = trajectory_to_data(Trajectory([turn([5, 6, 7], [8, 9], [-0.5, -0.25])], 1.0), [0.75])
     assert datum.tokens.tolist() == [5, 6, 7, 8]
     assert datum.targets.tolist() == [6, 7, 8, 9]
     assert datum.mask.tolist() == [0, 0, 1, 1]
@@ -87,7 +62,7 @@ def test_turns_that_extend_are_one_row(first: list[int], turns: list[tuple[list[
         whole += said
         end = len(whole)
         whole += answered
-    (datum,) = trajectory_to_data(Trajectory(transitions, 1.0), advantage)
+    (datum,) = trajectory_to_data(Trajectory(transitions, 1.0), [advantage] * len(transitions))
     check_row(datum, whole[:end], sampled, advantage)
     assert datum.mask.sum() == sum(len(said) for said, _ in turns)
 
@@ -99,7 +74,7 @@ def test_turns_that_do_not_extend_are_two_rows(first: list[int], said: list[int]
     changed = [*first, *said, *answered]
     changed[at % (len(first) + len(said))] = 95
     one, two = turn(first, said), turn(changed, again)
-    data = trajectory_to_data(Trajectory([one, two], 1.0), 0.5)
+    data = trajectory_to_data(Trajectory([one, two], 1.0), [0.5, 0.5])
     assert len(data) == 2
     check_row(data[0], first + said, {len(first) + i: float(p) for i, p in enumerate(one.sample.logprobs)}, 0.5)
     check_row(data[1], changed + again, {len(changed) + i: float(p) for i, p in enumerate(two.sample.logprobs)}, 0.5)
@@ -107,20 +82,53 @@ def test_turns_that_do_not_extend_are_two_rows(first: list[int], said: list[int]
 
 def test_a_shorter_prompt_is_a_new_row() -> None:
     """A history that was cut off does not extend."""
-    assert len(trajectory_to_data(Trajectory([turn([1, 2, 3], [4]), turn([1, 2], [5])], 1.0), 1.0)) == 2
+    assert len(trajectory_to_data(Trajectory([turn([1, 2, 3], [4]), turn([1, 2], [5])], 1.0), [1.0, 1.0])) == 2
 
 
 def test_versions_do_not_share_a_row() -> None:
     """A row names one version of one adapter; a turn of another must not hide in it."""
     newer = Adapter("a", 2, "e" * 64, "base", "b" * 64)
-    data = trajectory_to_data(Trajectory([turn([1], [2]), turn([1, 2, 3], [4], adapter=newer)], 1.0), 1.0)
+    data = trajectory_to_data(Trajectory([turn([1], [2]), turn([1, 2, 3], [4], adapter=newer)], 1.0), [1.0, 1.0])
     assert [d.adapter for d in data] == [ADAPTER, newer]
     assert [d.mask.sum() for d in data] == [1, 1]
 
 
+def test_each_turn_has_its_own_advantage() -> None:
+    """Credit that lands on another turn teaches the wrong thing. Behind the shift, turn 1's two tokens are targets 1 and 2, turn 2's
+    one token is target 4."""
+    first, second = turn([1, 2], [3, 4]), turn([1, 2, 3, 4, 5], [6])
+    (datum,) = trajectory_to_data(Trajectory([first, second], 1.0), [0.5, -2.0])
+    assert datum.targets.tolist() == [2, 3, 4, 5, 6]
+    assert datum.advantages.tolist() == [0, 0.5, 0.5, 0, -2]
+    assert datum.mask.tolist() == [0, 1, 1, 0, 1]
+
+
+def test_an_advantage_of_zero_keeps_its_weight() -> None:
+    """A turn that is neither good nor bad still has a KL and an entropy, and counts as length."""
+    (datum,) = trajectory_to_data(Trajectory([turn([1], [2, 3])], 1.0), [0.0])
+    assert datum.mask.tolist() == [1, 1]
+
+
+def test_advantages_of_other_turns_are_refused() -> None:
+    """One too few would leave the last turn out without a word."""
+    with pytest.raises(ValueError, match="shorter"):
+        trajectory_to_data(Trajectory([turn([1], [2]), turn([1, 2], [3])], 1.0), [1.0])
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_groups_to_data_by_hand(mask_truncated: bool) -> None:
+    """Two problems: the first has an episode that failed and one that was cut off, the second carries no signal."""
+    good, cut = Trajectory([turn([1], [2])], 1.0), Trajectory([turn([1], [3, 4])], 0.0, truncated=True)
+    failed, same = Trajectory([turn([1], [5])], 0.0, error="no"), Trajectory([turn([9], [8])], 0.0)
+    groups = [TrajectoryGroup(0, [good, failed, cut]), TrajectoryGroup(1, [same, same])]
+    data_ED = groups_to_data(groups, [[[0.5], [-0.5]], None], mask_truncated=mask_truncated)
+    assert [[d.targets.tolist() for d in data_D] for data_D in data_ED] == [[[2]], [] if mask_truncated else [[3, 4]]]
+    assert data_ED[0][0].advantages.tolist() == [0.5]
+
+
 def test_no_turns_no_data() -> None:
     """An episode that never began has nothing to train."""
-    assert trajectory_to_data(Trajectory([], 0.0), 1.0) == []
+    assert trajectory_to_data(Trajectory([], 0.0), []) == []
 
 
 @given(prompt=TOKENS, answer=TOKENS)
