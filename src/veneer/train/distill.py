@@ -93,8 +93,9 @@ async def train(session: Session, dataset: EnvDataset, teacher: Teacher, held_ou
         metrics: Metrics = {"step": 0, "adapter/digest": published.digest}
         metrics |= await held_out_metrics(session, student, dataset, teacher, held_out, 0, published)
         if config.plays:
-            own = (await evaluate(told, dataset, held_out, config.seed)).metrics()
-            metrics |= {f"teacher/{name}": value for name, value in own.items()}
+            own = await evaluate(told, dataset, held_out, config.seed)
+            check_failures([own.group()], config.env.max_failed_share)
+            metrics |= {f"teacher/{name}": value for name, value in own.metrics().items()}
         await session.record(metrics, {"eval": time.perf_counter() - clock}, last=distill.steps == 0)
 
     for step in range(max(first, 1), distill.steps + 1):
@@ -131,7 +132,7 @@ async def train(session: Session, dataset: EnvDataset, teacher: Teacher, held_ou
 
 
 async def _follow(session: Session, teacher: Teacher, episodes: Sequence[Trajectory]) -> Metrics:
-    """Queue the gradient of the student's own episodes, as the teacher judges them."""
+    """Gather the gradient of the student's own episodes, as the teacher judges them."""
     data = [datum for episode in episodes for datum in trajectory_to_data(episode)]
     gaps_D = await distances(session.renderer, teacher, episodes)
     tokens = sum(map(len, gaps_D))
@@ -166,7 +167,7 @@ def with_gaps(datum: Datum, gaps: Floats, weight: float) -> Datum:
 
 
 async def _imitate(session: Session, episodes: Sequence[Trajectory]) -> Metrics:
-    """Queue the gradient of the teacher's episodes, as the student sees them."""
+    """Gather the gradient of the teacher's episodes, as the student sees them."""
     data, entropy = [], 0.0
     for episode in episodes:
         rows = [dataclasses.replace(d, adapter=None) for d in trajectory_to_data(seen_with(episode, session.renderer, ""))]

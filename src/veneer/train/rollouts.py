@@ -88,6 +88,7 @@ async def _play(policy: Policy, dataset: EnvDataset, split: Split, index: int, s
             raise EnvFailure(
                 f"the prompt of problem {index} has {len(prompt)} tokens; the base's context is {policy.engine.context_length}"
             )
+        shown = Observation([*first.messages], [*first.tools])  # as it was: an environment may go on writing into its lists
         while True:
             params = replace(policy.params, seed=derive_seed(seed, len(turns)))
             (sample,) = await policy.engine.sample(prompt, policy.adapter, params, top_logprobs=policy.top_logprobs)
@@ -101,10 +102,10 @@ async def _play(policy: Policy, dataset: EnvDataset, split: Split, index: int, s
             turns.append(Transition(prompt, sample, action, reward, metrics, text))
             total = sum(t.reward for t in turns)
             if result.episode_done or sample.stop_reason == "length":
-                return Trajectory(turns, total, truncated=sample.stop_reason == "length", observation=first)
+                return Trajectory(turns, total, truncated=sample.stop_reason == "length", observation=shown)
             prompt = rendered(partial(policy.renderer.extend, prompt, sample.tokens, result.next_messages))
             if len(prompt) >= policy.engine.context_length:
-                return Trajectory(turns, total, truncated=True, observation=first)
+                return Trajectory(turns, total, truncated=True, observation=shown)
     except EnvFailure as failure:
         return Trajectory(turns, 0.0, error=str(failure))
     finally:
