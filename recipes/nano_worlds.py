@@ -263,11 +263,13 @@ async def demonstrate(rng: random.Random, dataset: Any, policy: Policy) -> Conve
 # ---------------------------------------------------------------- what a tokenizer for them needs
 
 FACTS = [name for kind in ("item", "firm", "person") for name in RELATIONS[kind]]
+LOOKS, NAMES = (*COLOURS[:3], *THINGS[:3]), LETTERS[:7]
+"""Those that occur at the default sizes."""
 PLAIN = "too goal next check done failed broken days price"
 SPACED = "its many all words by after so done broken retry spare first cost rent customers pay to price hold"
 WORDS = [
-    *(*COLOURS, *THINGS, *RELATIONS, *FACTS, *PLAIN.split()),
-    *(f" {word}" for word in (*THINGS, *RELATIONS, *FACTS, *SPACED.split(), *LETTERS)),
+    *(*LOOKS, *RELATIONS, *FACTS, *PLAIN.split()),
+    *(f" {word}" for word in (*THINGS[:3], *RELATIONS, *FACTS, *SPACED.split(), *NAMES)),
 ]
 """Words that should be a token each, as they stand in demonstrations, many with the space in front."""
 FIXED = [

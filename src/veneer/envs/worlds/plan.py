@@ -101,7 +101,8 @@ class Size:
 
 
 def generate(rng: random.Random, size: Size) -> Plan:
-    letters = iter(rng.sample(LETTERS, size.steps + size.extra + size.spares))
+    count = size.steps + size.extra + size.spares
+    letters = iter(rng.sample(LETTERS[:count], count))  # the first ones: a small plan has a small vocabulary
     required = _required(rng, [next(letters) for _ in range(size.steps)], size.goals)
     names = [step.name for step in required]
     goals = names[-size.goals :]

@@ -97,11 +97,11 @@ def generate(rng: random.Random, hops: int, entities: int, facts: int) -> Site:
 
 
 def _looks(rng: random.Random, count: int) -> list[str]:
-    """Colours and things in unique pairs out of few words, so that one word alone fits several."""
+    """Colours and things in unique pairs out of few words: one word alone fits several, and a small site has a small vocabulary."""
+    side = math.ceil(math.sqrt(count))
+    pairs = [f"{colour} {thing}" for colour in COLOURS[:side] for thing in THINGS[:side]]
     while True:
-        side = max(2, math.ceil(math.sqrt(count)))
-        colours, things = rng.sample(COLOURS, side), rng.sample(THINGS, side)
-        looks = rng.sample([f"{colour} {thing}" for colour in colours for thing in things], count)
+        looks = rng.sample(pairs, count)
         if any(_shares_words(looks, i) for i in range(count)):
             return looks
 
