@@ -1,6 +1,7 @@
 # make quickstart   install, then watch a rank-1 adapter learn; ARGS="--seed 1" and the like are passed on
 # make test         install, then lint, types and the whole suite
 # make fuzz         10,000 malformed requests, bent protobuf and the OpenAPI document against a real server; about 10 minutes
+# make gym          every task of reasoning-gym through env check, PROBLEMS=16 of each tried by the base; about 20 minutes
 # make acceptance  the public clients of Tinker and OpenAI, unmodified, against a real server; ARGS="--more --json FILE"; about 15 minutes
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz acceptance seeds interference bench nano clean
+.PHONY: install quickstart test lint types fuzz gym acceptance seeds interference bench nano clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,9 @@ types: install
 
 fuzz: install
 	VENEER_FUZZ=10000 $(BIN)/python -m pytest -n 0 -s tests/server/test_malformed.py tests/server/test_protobuf.py tests/server/test_schema.py
+
+gym: install
+	VENEER_GYM=$(or $(PROBLEMS),16) $(BIN)/python -m pytest -n 0 -s tests/envs/test_reasoning.py -k env_check
 
 acceptance: install
 	$(BIN)/python tests/acceptance/run.py $(ARGS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.envs.dataset import held_out
+from veneer.envs.dataset import set_aside
 from veneer.types import DataError, Message, Split, in_one_line
 
 PROMPTS = ("prompt", "problem", "question")
@@ -143,8 +143,8 @@ def split_rows(data: Sequence[Row], held: Sequence[Row] | None, seed: int) -> di
     """
     if held is None:
         splits: dict[Split, list[Row]] = {
-            "train": [row for row in data if not held_out(row.text)],
-            "eval": [row for row in data if held_out(row.text)],
+            "train": [row for row in data if not set_aside(row.text)],
+            "eval": [row for row in data if set_aside(row.text)],
         }
     else:
         splits = {"train": list(data), "eval": list(held)}
