@@ -29,8 +29,9 @@ def read_specs(kind: type[S], table: Any, key: str) -> list[S]:
 
 
 def _explain(kind: type[Spec], error: ValidationError, key: str) -> str:
-    """The first complaint in one line."""
-    first = error.errors(include_input=False)[0]  # what was put in may be a secret
+    """One complaint in one line: of an unknown key first, because the right one is then missing."""
+    complaints = error.errors(include_input=False)  # what was put in may be a secret
+    first = next((c for c in complaints if c["type"] == "extra_forbidden"), complaints[0])
     path = key + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -50,6 +50,8 @@ WORDS = ("", "0", "I do not know.")
 
 
 EXACT = 1e-6
+ENDLESS = 2**17
+"""Tokens of context that a script has: how long prompts are is looked at by itself, and an episode without an end is to have one."""
 REPEATED = 4
 """Problems of each split at which everything is said twice."""
 
@@ -81,7 +83,7 @@ class Subject:
         return min(limit, self.dataset.size(split)) if isinstance(self.dataset, Finite) else limit
 
     async def play(self, split: Split, index: int, speech: Speech) -> Played:
-        return await play(self.dataset, self.renderer, self.context_length, self.env_seconds, split, index, speech)
+        return await play(self.dataset, self.renderer, ENDLESS, self.env_seconds, split, index, speech)
 
 
 async def check_env(subject: Subject, engine: Engine | None, group_size: int, seed: int) -> list[Finding]:
