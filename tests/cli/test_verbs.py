@@ -24,6 +24,7 @@ ADAPTER_VERBS = (
     *("list", "show", "lineage", "verify", "export", "import", "fork", "stack"),
     *("promote", "rollback", "forget", "reindex", "trust", "merge", "equivalence", "interfere"),
 )
+ENV_VERBS = ("list", "show", "new", "check")
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic", "sqlalchemy", "cryptography")
 
 
@@ -45,7 +46,7 @@ def trained(veneer: Veneer, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), *(("adapters", v) for v in ADAPTER_VERBS)])
+@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), *(("adapters", v) for v in ADAPTER_VERBS), *(("env", v) for v in ENV_VERBS)])
 def test_help_answers(verb: tuple[str, ...]) -> None:
     """What a command does is one flag away."""
     done = subprocess.run([sys.executable, "-m", "veneer", *verb, "--help"], capture_output=True, text=True)
@@ -65,7 +66,7 @@ def test_no_verb_shows_the_help(veneer: Veneer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("heavy", HEAVY)
 def test_help_is_light(heavy: str) -> None:
     """Help that waits for torch is help that nobody asks for."""
-    verbs = ((), ("train",), ("sample",), ("adapters",), ("adapters", "promote"), ("adapters", "equivalence"))
+    verbs = ((), ("train",), ("sample",), ("adapters",), ("adapters", "promote"), ("adapters", "equivalence"), ("env",), ("env", "check"))
     assert [v for v in verbs if heavy in sys_modules_after(*v, "--help")] == []
 
 

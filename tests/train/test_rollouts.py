@@ -11,8 +11,9 @@ import pytest
 
 from veneer.engine import LoraEngine, load_base
 from veneer.render import load_renderer
+from veneer.train.evaluate import evaluate
 from veneer.train.rollouts import Policy, closing, do_group_rollout
-from veneer.types import Message, Observation, SamplingParams, Split, StepResult, Trajectory, TrajectoryGroup
+from veneer.types import Message, Observation, SamplingParams, Split, StepResult, Trajectory, TrajectoryGroup, Ungraded
 
 
 @dataclass
@@ -95,6 +96,41 @@ def test_the_group_grader_adds_to_the_members_that_finished() -> None:
     assert "train 7 2" in dataset.log
 
 
+def test_one_member_may_go_ungraded() -> None:
+    """A judge that had no answer for one of three costs that one; a reward that is none, too."""
+    group = play(Graded(verdicts=[(1.0, {}), Ungraded("the judge is silent"), (float("nan"), {})]))
+    assert group.rewards_G == [1.25]
+    assert [t.error for t in group.trajectories_G] == [
+        None,
+        "the judge is silent",
+        "compute_group_rewards's reward nan must be a finite number",
+    ]
+
+
+def test_a_turn_keeps_its_text() -> None:
+    """What reward functions of other trainers read: the marks of thinking among it, the end of the turn not."""
+    engine, renderer = LoraEngine(load_base("nano")), load_renderer("nano")
+    policy = Policy(engine, renderer, None, SamplingParams(max_tokens=48), 5.0)
+    turns = [t.transitions[0] for t in asyncio.run(do_group_rollout(policy, Dataset(), "train", 0, 12, seed=1)).trajectories_G]
+    for turn in turns:
+        stopped = turn.sample.stop_reason == "stop"
+        assert turn.text + ("<|im_end|>" if stopped else "") == renderer.decode(turn.sample.tokens)
+    assert any("</think>" in turn.text for turn in turns)
+
+
+@dataclass
+class Three(Dataset):
+    def size(self, split: Split) -> int:
+        return 3
+
+
+def test_a_finite_dataset_is_evaluated_once() -> None:
+    """Three problems played eighty times are three trials, and the interval must say so."""
+    policy = Policy(LoraEngine(load_base("nano")), load_renderer("nano"), None, SamplingParams(max_tokens=4), 5.0)
+    assert asyncio.run(evaluate(policy, Three(), 256, 0)).solved.trials == 3
+    assert asyncio.run(evaluate(policy, Three(), 2, 0)).solved.trials == 2
+
+
 @pytest.mark.parametrize(
     ("verdicts", "words"),
     [
@@ -102,6 +138,7 @@ def test_the_group_grader_adds_to_the_members_that_finished() -> None:
         ([(1.0, {})], "compute_group_rewards returned 1 rewards for 3 episodes"),
         ([(float("nan"), {})] * 3, "compute_group_rewards's reward nan must be a finite number"),
         (None, "compute_group_rewards returned None, not a list"),
+        ([1.0] * 3, "compute_group_rewards's list returned 1.0, not a tuple"),
     ],
 )
 def test_a_grader_that_fails_fails_its_group(verdicts: Any, words: str) -> None:

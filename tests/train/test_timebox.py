@@ -129,6 +129,50 @@ def test_alarms_are_put_back() -> None:
         signal.signal(signal.SIGALRM, previous)
 
 
+def test_an_environments_own_time_limit_works_inside() -> None:
+    """asyncio's limits cancel from within; what they cancel must see it, or a slow judge would end the run."""
+
+    async def limited() -> str:
+        try:
+            async with asyncio.timeout(0.05):
+                await asyncio.sleep(5)
+        except TimeoutError:
+            return "its own limit"
+        return "none"
+
+    assert asyncio.run(in_env(limited, "step", 2.0)) == "its own limit"
+
+
+def test_what_is_given_up_can_clean_up() -> None:
+    """A connection that is waited on is closed, not forgotten."""
+    closed: list[str] = []
+
+    async def holding() -> None:
+        try:
+            await asyncio.sleep(5)
+        finally:
+            await asyncio.sleep(0)
+            closed.append("closed")
+
+    async def both() -> None:
+        with pytest.raises(EnvFailure, match="took longer"):
+            await in_env(holding, "step", 0.1)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(both())
+    assert closed == ["closed"]
+
+
+def test_an_environment_that_cancels_itself_fails_alone() -> None:
+    """A cancellation that is nobody's must not take the loop down."""
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(EnvFailure, match="cancelled from inside"):
+        asyncio.run(in_env(cancelled, "step", 0.5))
+
+
 def test_works_in_other_threads() -> None:
     """Signals do not reach threads; what waits is ended all the same."""
     results: list[object] = []

@@ -25,21 +25,25 @@ def main(module: str, memory: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
+    limit(resource.RLIMIT_AS, memory)
     try:
         ask = importlib.import_module(module).answer
     except Exception as error:  # whatever stands in a library's way
         return tell({"broken": in_one_line(error)})
     for line in sys.stdin:
         try:
-            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
             cpu_seconds, request = json.loads(line)
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + cpu_seconds), hard))
+            limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_seconds))
             answer = {"value": ask(**request)}
         except Exception as error:  # whatever a library raises is told
             answer = {"error": in_one_line(error)}
         tell(answer)
+
+
+def limit(kind: int, most: int) -> None:
+    """As asked, or what this process may have if that is less."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":

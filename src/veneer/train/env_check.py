@@ -50,6 +50,8 @@ WORDS = ("", "0", "I do not know.")
 
 
 EXACT = 1e-6
+ENOUGH = 3
+"""Solutions that fail, rather than being graded as wrong: each may have cost the whole of a time limit."""
 ENDLESS = 2**17
 """Tokens of context that a script has: how long prompts are is looked at by itself, and an episode without an end is to have one."""
 REPEATED = 4
@@ -229,7 +231,7 @@ def _solution(env: Env) -> Message:
 
 async def _gold(subject: Subject) -> list[Finding]:
     """Every problem's own solution, said to the end."""
-    rewards, longest, wrong = list[float](), 0, list[str]()
+    rewards, longest, wrong, failures = list[float](), 0, list[str](), 0
     for split in SPLITS:
         for index in range(subject.size(split, subject.problems)):
             if not await _solvable(subject, split, index):
@@ -238,20 +240,31 @@ async def _gold(subject: Subject) -> list[Finding]:
             trajectory = played.trajectory
             rewards.append(trajectory.reward)
             longest = max([longest, *(len(turn.sample.tokens) for turn in trajectory.transitions)])
-            if trajectory.error or trajectory.truncated or trajectory.reward < 1 - EXACT:
-                why = trajectory.error or ("it ran out of context" if trajectory.truncated else f"reward {trajectory.reward:g}")
-                wrong.append(f"problem {index} of the {split} split: {why}")
+            failures += (failure := _failure(trajectory)) is not None
+            if failure or trajectory.reward < 1 - EXACT:
+                wrong.append(f"problem {index} of the {split} split: {failure or f'reward {trajectory.reward:g}'}")
+            if failures == ENOUGH:
+                return [_wrong_gold(wrong, rewards, longest)]
     if not rewards:
         return [Finding("gold", "unknown", "the environment knows no solution: give it gold(), and it is checked that it earns 1")]
-    numbers = {"problems": len(rewards), "wrong": len(wrong), "lowest": min(rewards), "longest": longest}
     if wrong:
-        return [Finding("gold", "failed", f"{len(wrong)} of {len(rewards)} solutions do not earn 1: {wrong[0]}", numbers)]
+        return [_wrong_gold(wrong, rewards, longest)]
+    numbers = {"problems": len(rewards), "wrong": 0, "lowest": min(rewards), "longest": longest}
     above = max(rewards) > 1 + EXACT
     detail = f"{len(rewards)} solutions earn {'1' if not above else f'up to {max(rewards):g}, more than 1'}"
     findings = [Finding("gold", "warning" if above else "ok", detail, numbers)]
     if longest > subject.max_tokens:
         findings.append(Finding("gold length", "warning", f"a solution has {longest} tokens; max_tokens is {subject.max_tokens}"))
     return findings
+
+
+def _failure(trajectory: Trajectory) -> str | None:
+    return trajectory.error or ("it has no end" if trajectory.truncated else None)
+
+
+def _wrong_gold(wrong: Sequence[str], rewards: Sequence[float], longest: int) -> Finding:
+    numbers = {"problems": len(rewards), "wrong": len(wrong), "lowest": min(rewards), "longest": longest}
+    return Finding("gold", "failed", f"{len(wrong)} of {len(rewards)} solutions do not earn 1: {wrong[0]}", numbers)
 
 
 async def _grading(subject: Subject) -> list[Finding]:
@@ -264,12 +277,15 @@ async def _grading(subject: Subject) -> list[Finding]:
             if await _solvable(subject, split, index):
                 speeches.append(("the solution", _solution))
             for what, speech in speeches:
-                first, second = [await subject.play(split, index, speech) for _ in range(2)]
+                first = await subject.play(split, index, speech)
+                if failure := _failure(first.trajectory):
+                    return [Finding("pure", "failed", f"{what} to problem {index} of the {split} split is not graded: {failure}")]
+                second = await subject.play(split, index, speech)
                 said += 1
                 times += [first.grading_ms, second.grading_ms]
                 if _verdict(first.trajectory) != _verdict(second.trajectory):
                     impure.append(f"{what} to problem {index} of the {split} split: {_told(first)}, then {_told(second)}")
-                if what == repr("") and first.trajectory.error is None and first.trajectory.reward >= 1:
+                if what == repr("") and first.trajectory.reward >= 1:
                     generous.append(f"problem {index} of the {split} split")
     pure = (
         Finding("pure", "failed", f"{len(impure)} of {said} answers were graded otherwise the second time: {impure[0]}")
