@@ -52,6 +52,48 @@ def test_python_examples_run(tmp_path: Path) -> None:
     assert "Adapter(name='mine'" in done.stdout
 
 
+ENVIRONMENTS = (ROOT / "docs/environments.md").read_text()
+
+
+def files(page: str) -> dict[str, str]:
+    """Blocks that say in which file they stand."""
+    return dict(re.findall(r"```\w+ (\S+)\n(.*?)```", page, re.DOTALL))
+
+
+def test_the_page_of_environments_works_line_by_line(tmp_path: Path) -> None:
+    """Its files are laid down, but for the one that a command writes: that one is the page's, byte for byte."""
+    shown = files(ENVIRONMENTS)
+    for name, text in shown.items():
+        if name != "digits.py":
+            (tmp_path / name).write_text(text)
+    lines = [line.partition(" #")[0].removeprefix("$ ").strip() for line in "".join(blocks("console", ENVIRONMENTS)).splitlines()]
+    assert len(lines) >= 6
+    for line in lines:
+        arguments = [a.replace("rl.steps=40", "rl.steps=2") for a in shlex.split(line)[1:]]
+        if arguments[0] == "train":
+            arguments += ["--set", "eval.problems=8"]
+        done = veneer(arguments, tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "digits.py").read_text() == shown["digits.py"]
+    assert len(shown["digits.py"].splitlines()) <= 65
+
+
+def test_the_judge_of_the_page_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration loads, and the table names every key with what it does."""
+    from veneer.envs import load_env
+    from veneer.envs.judge import JudgeSpec
+    from veneer.train.config import load_config
+
+    for name, text in files(ENVIRONMENTS).items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JUDGE_KEY", "sk-x")
+    config = load_config(Path("judged.toml"))
+    assert load_env(config.env.name, config.env.args).name == "jsonl"
+    for name, info in JudgeSpec.model_fields.items():
+        assert re.search(rf"^\| `{name}` \| [^|]* \| {re.escape(str(info.description))} \|$", ENVIRONMENTS, re.MULTILINE), name
+
+
 def test_linked_files_exist() -> None:
     """No dead links in README and docs."""
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
