@@ -16,7 +16,8 @@ from veneer.envs import ENVIRONMENTS, load_env
 from veneer.envs.calculator import MAX_CALLS, calculate
 from veneer.types import ConfigError, Message, Observation, Split, StepResult
 
-NAMES = tuple(ENVIRONMENTS)
+NAMES = tuple(name for name in ENVIRONMENTS if name not in ("jsonl", "math"))
+"""Those that make their own problems."""
 
 
 def play(env: Any, *actions: Message) -> tuple[Observation, list[StepResult]]:

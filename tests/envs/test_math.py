@@ -185,6 +185,26 @@ def test_a_module_that_is_not_there_is_no_wrong_answer() -> None:
     apart.close()
 
 
+def test_closing_gives_up_what_is_asked(mischief: Apart) -> None:
+    """The end of a run must not wait for a grader that spins."""
+    errors: list[Exception] = []
+
+    def spin() -> None:
+        try:
+            mischief.ask_now(60, do="spin")
+        except Ended as error:
+            errors.append(error)
+
+    mischief.ask_now(1, do="fine")
+    thread = threading.Thread(target=spin)
+    thread.start()
+    time.sleep(0.2)
+    mischief.close()
+    thread.join(20)
+    assert "died of SIGKILL" in str(errors[0])
+    assert mischief.ask_now(1, do="fine")[0] == "fine"
+
+
 def gone(pid: int) -> bool:
     """Ended, though perhaps not yet collected by whoever inherited it."""
     stat = Path(f"/proc/{pid}/stat")

@@ -47,7 +47,7 @@ class Apart:
     def __init__(self, module: str, memory: int = 4 * 2**30, processes: int = 2) -> None:
         """``memory``: bytes of address space of one process."""
         self.module, self.memory = module, memory
-        self._closed = 0
+        self._alive = set[_Process]()
         self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(processes):
             self._free.put(None)
@@ -67,33 +67,35 @@ class Apart:
             Refused: it raised an error.
             Broken: there is no such module here.
         """
-        process, closed = self._free.get(), self._closed
+        process = self._free.get()
         try:
-            process = process or _Process(self.module, self.memory)
+            if process is None:
+                process = _Process(self.module, self.memory)
+                self._alive.add(process)
             answer = process.ask(cpu_seconds, request)
             if "broken" in answer:
                 raise Broken(f"{self.module} cannot be imported: {answer['broken']}")
         except BaseException:
             if process is not None:
+                self._alive.discard(process)
                 process.end()
             process = None
             raise
         finally:
-            if process is not None and closed != self._closed:
-                process.end()
-                process = None
             self._free.put(process)
         if "error" in answer:
             raise Refused(answer["error"])
         return answer["value"]
 
     def close(self) -> None:
-        """End the processes that wait. Another question starts new ones."""
-        self._closed += 1  # those that are asked right now end when they have answered
+        """End all processes; what they are asked right now is not answered. Another question starts new ones."""
+        for process in list(self._alive):
+            process.kill()
         with suppress(queue.Empty):
             for _ in range(self._free.qsize()):
                 process = self._free.get_nowait()
                 if process is not None:
+                    self._alive.discard(process)
                     process.end()
                 self._free.put(None)
 
@@ -143,8 +145,11 @@ class _Process:
             return f"took more than {cpu_seconds} s of CPU time"
         return f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
+
+    def end(self) -> None:
+        self.kill()
         self.process.wait()
         self.selector.close()
         for pipe in (self.process.stdin, self.process.stdout):

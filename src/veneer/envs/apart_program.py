@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from veneer.types import in_one_line
 
@@ -25,7 +26,8 @@ def main(module: str, memory: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit(resource.RLIMIT_AS, memory)
+    with suppress(ValueError, OSError):  # macOS knows this limit and keeps to none
+        limit(resource.RLIMIT_AS, memory)
     try:
         ask = importlib.import_module(module).answer
     except Exception as error:  # whatever stands in a library's way

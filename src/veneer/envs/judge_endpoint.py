@@ -49,7 +49,7 @@ class Endpoint:
             raise ConfigError(f"{where}.base_url: write an address such as http://127.0.0.1:8321/v1")
         if parts.username or parts.password or parts.query:
             raise ConfigError(f"{where}.base_url: no password or key belongs in an address; name a variable in api_key_env")
-        self._key = os.environ.get(key_variable, "") if key_variable else NO_KEY
+        self._key = os.environ.get(key_variable, "").strip() if key_variable else NO_KEY
         if not self._key:
             raise ConfigError(f"{where}.api_key_env: the environment variable {key_variable} is not set")
         self.base_url, self.model, self.seconds, self.retries, self.concurrency = base_url, model, seconds, retries, concurrency

@@ -23,7 +23,7 @@ def from_file(reference: str, key: str) -> Callable[..., Any]:
     if not Path(path).is_file():
         raise ConfigError(f"{key}: there is no file {path}")
     try:
-        module = _module(path, Path(path).stat().st_mtime_ns)
+        module = _module(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(f"{key}: {path} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, attribute, None)):
