@@ -98,7 +98,7 @@ def said(content: str) -> Message:
 
 
 def test_an_answer_that_cannot_be_worked_out_is_wrong_and_costs_nobody_else(reward: MathReward, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic runs inside of C, where no alarm arrives: in this process it would hold the run for ever."""
+    """In this process all other rollouts would wait for its digits."""
     monkeypatch.setattr("veneer.envs.math_reward.GRADE", 1)
 
     async def both() -> list[dict[str, float]]:

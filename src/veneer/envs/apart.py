@@ -1,7 +1,8 @@
 """Processes that do for us what may hang, eat memory or evaluate what a model wrote.
 
-Symbolic algebra holds the thread inside of C, where no alarm reaches it: ``9^{9^{9^9}}`` is a short answer. Here the kernel ends what
-takes too long, by its own CPU time, so that a busy machine changes no reward. That is no sandbox: the process has the user's rights.
+Symbolic algebra over a short answer, ``9^{99999999}``, takes as long as it is given, and on our thread all other rollouts and the engine
+would wait for it. Here the kernel ends what takes too long, by its own CPU time, so that a busy machine changes no reward, and whether
+it computes in Python or in C. That is no sandbox: the process has the user's rights.
 """
 
 from __future__ import annotations
