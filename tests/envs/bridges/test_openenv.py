@@ -220,7 +220,7 @@ def test_a_full_server_is_waited_for_and_then_told_in_words(start: Start) -> Non
 def test_slow_and_nan_steps_fail_their_rollouts_under_the_loop(start: Start) -> None:
     """With the bundled base: a scripted policy is not needed to see that the time box holds and that others go on."""
     dataset = served(start("say"))
-    policy = Policy(LoraEngine(load_base("nano")), load_renderer("nano"), None, SamplingParams(max_tokens=4), env_seconds=2.0)
+    policy = Policy(LoraEngine(load_base("nano")), load_renderer("nano"), None, SamplingParams(max_tokens=64), env_seconds=2.0)
 
     @asynccontextmanager
     async def scripted() -> AsyncGenerator[Any]:
@@ -244,8 +244,8 @@ def test_slow_and_nan_steps_fail_their_rollouts_under_the_loop(start: Start) -> 
             return await do_rollouts(policy, found, "train", range(6), 1, seed=0)
 
     errors = [group.trajectories_G[0].error for group in asyncio.run(playing())]
-    slow, nan = "step took longer than 2 s", "step's reward nan must be a finite number"
-    assert errors == [None, slow, nan, None, slow, nan]
+    slow, nan = "step took longer than 2 s", "without any reward: it was null throughout, as NaN is on this wire"
+    assert [None if e is None else slow if e == slow else nan if e.endswith(nan) else e for e in errors] == [None, slow, nan] * 2
 
 
 def test_a_server_that_is_not_there_or_is_none_is_told_before_the_run(start: Start) -> None:

@@ -221,6 +221,17 @@ def test_a_reward_that_is_no_number_reaches_the_check_that_names_it(python: str)
     assert errors == {None, "step's metric 'odd_digits' nan must be a finite number"}
 
 
+def test_a_reward_that_cannot_be_written_down_fails_its_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifiers itself makes 0 of such a reward; an environment with scoring of its own may let it through."""
+
+    async def playing() -> float | str:
+        async with closing(dataset):
+            return await outcome(dataset.env("train", 0), [ODD, HALF])
+
+    dataset = episodes(interpreter("standin", monkeypatch), fault="object", everywhere=True)
+    assert "its reward or a metric is no number" in str(asyncio.run(playing()))
+
+
 def test_garbage_on_stdout_is_not_taken_for_an_answer(python: str) -> None:
     """The environment prints what looks like a message of ours, and a line without end."""
 

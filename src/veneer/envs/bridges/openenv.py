@@ -133,6 +133,8 @@ class OpenEnvEnv:
     seed: int
     turns: int = field(default=0, init=False)
     invalid: int = field(default=0, init=False)
+    paid: bool = field(default=False, init=False)
+    """Some step had a reward."""
     _socket: ClientConnection | None = field(default=None, init=False)
 
     async def initial_observation(self) -> Observation:
@@ -217,11 +219,14 @@ class OpenEnvEnv:
                 texts.append(f"error: {_why(result['data'])}")
                 continue
             told = self._observation(result)
-            reward += 0.0 if told.get("reward") is None else told["reward"]
+            if told.get("reward") is not None:
+                reward, self.paid = reward + told["reward"], True
             texts.append(self._text(told))
             done = bool(told.get("done"))
             if done:
                 break
+        if done and steps and not self.paid:
+            raise BridgeError(f"{self.rules.name} ended an episode without any reward: it was null throughout, as NaN is on this wire")
         if done or over:
             return StepResult(reward, episode_done=True, metrics=self._metrics())
         return StepResult(reward, episode_done=False, next_messages=_turns(self.rules.action, action, texts), metrics=self._metrics())

@@ -21,6 +21,12 @@ ADD = {
 }
 
 
+class Number:
+    """Something that can be weighed and added, and is no number."""
+
+    __mul__ = __rmul__ = __add__ = __radd__ = lambda self, _other: self
+
+
 def rows(problems, first=0):
     prompts = [[{"role": "user", "content": f"say {i % 5}, the {i}th"}] for i in range(first, first + problems)]
     return Dataset.from_list([{"prompt": prompt, "answer": str(i % 5)} for i, prompt in enumerate(prompts)])
@@ -82,6 +88,8 @@ def load_environment(fault="", everywhere=False, problems=40, held=0, turns=2, t
     def odd_digits(completion, answer, **kwargs):
         if fault == "nan" and (everywhere or answer == "3"):
             return float("nan")
+        if fault == "object" and (everywhere or answer == "3"):
+            return Number()
         text = text_of(completion)
         return sum(c in "13579" for c in text) / max(len(text), 1)
 

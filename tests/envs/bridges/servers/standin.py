@@ -54,7 +54,7 @@ async def step(action, turn):
         await asyncio.sleep(5)
     if text == "!raise":
         return error("EXECUTION_ERROR", "that is\nnot allowed")
-    reward = float("nan") if text == "!nan" else sum(c.isdigit() for c in text) / max(len(text), 1)
+    reward = None if text == "!nan" else sum(c.isdigit() for c in text) / max(len(text), 1)
     return observation({"text": f"{len(text)} letters"}, reward, done=turn == 2)
 
 

@@ -71,7 +71,10 @@ async def run(game: Any, lines: Lines, voice: Voice) -> None:
             voice.say(rollout=name, error=one_line(error))
         else:
             reward, metrics = task.result()
-            voice.say(rollout=name, reward=reward, metrics=metrics)
+            try:
+                voice.say(rollout=name, reward=reward, metrics=metrics)
+            except (TypeError, ValueError) as unwritable:
+                voice.say(rollout=name, error=f"its reward or a metric is no number ({one_line(unwritable)})")
 
     loop = asyncio.get_running_loop()
     async with game.serving():
