@@ -138,6 +138,9 @@ def answer(do, **more):
         raise KeyError("two\\nlines")
     if do == "print":
         print("noise"); sys.stdout.flush(); os.write(1, b"more noise")
+    if do == "litter":
+        open("litter.txt", "w").write("x")
+        return os.getcwd()
     if do == "environment":
         return sorted(os.environ)
     return [do, os.getpid()]
@@ -175,6 +178,16 @@ def test_noise_is_no_answer_and_keys_stay_here(mischief: Apart) -> None:
     """Libraries print; and what a model wrote may be evaluated there, so that it must not read the judge's key."""
     assert mischief.ask_now(1, do="print")[0] == "print"
     assert "JUDGE_KEY" not in mischief.ask_now(1, do="environment")
+
+
+def test_what_it_writes_is_cleared_away(mischief: Apart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of a task that writes files where it runs once littered a repository."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(mischief.ask_now(1, do="litter"))
+    assert (folder / "litter.txt").is_file()
+    assert not (tmp_path / "litter.txt").exists()
+    mischief.close()
+    assert not folder.exists()
 
 
 def test_a_module_that_is_not_there_is_no_wrong_answer() -> None:

@@ -15,6 +15,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -49,6 +50,7 @@ class Apart:
         """``memory``: bytes of address space of one process."""
         self.module, self.memory = module, memory
         self._alive = set[_Process]()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(processes):
             self._free.put(None)
@@ -71,7 +73,7 @@ class Apart:
         process = self._free.get()
         try:
             if process is None:
-                process = _Process(self.module, self.memory)
+                process = _Process(self.module, self.memory, self._folder())
                 self._alive.add(process)
             answer = process.ask(cpu_seconds, request)
             if "broken" in answer:
@@ -88,6 +90,11 @@ class Apart:
             raise Refused(answer["error"])
         return answer["value"]
 
+    def _folder(self) -> str:
+        """Where the processes are, because some tasks write files where they are."""
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="veneer-apart-", ignore_cleanup_errors=True)
+        return self._scratch.name
+
     def close(self) -> None:
         """End all processes; what they are asked right now is not answered. Another question starts new ones."""
         for process in list(self._alive):
@@ -99,13 +106,17 @@ class Apart:
                     self._alive.discard(process)
                     process.end()
                 self._free.put(None)
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.cleanup()
 
 
 class _Process:
-    def __init__(self, module: str, memory: int) -> None:
+    def __init__(self, module: str, memory: int, folder: str) -> None:
+        paths = [str(SOURCES), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = {
             **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
-            "PYTHONPATH": os.pathsep.join([str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)),
             "PYTHONHASHSEED": "0",  # the order of a set must not differ from process to process
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
@@ -114,6 +125,7 @@ class _Process:
         self.process = subprocess.Popen(
             command,
             env=environment,
+            cwd=folder,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

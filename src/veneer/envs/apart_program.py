@@ -15,6 +15,9 @@ from contextlib import suppress
 
 from veneer.types import in_one_line
 
+FILE = 64 * 2**20
+"""Bytes of a file that it may write."""
+
 
 def main(module: str, memory: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
@@ -26,6 +29,7 @@ def main(module: str, memory: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit(resource.RLIMIT_FSIZE, FILE)
     with suppress(ValueError, OSError):  # macOS knows this limit and keeps to none
         limit(resource.RLIMIT_AS, memory)
     try:
