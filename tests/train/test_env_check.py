@@ -14,7 +14,8 @@ from veneer.envs.dataset import Problem, draw, exact_match
 from veneer.envs.digits import generate_sort
 from veneer.render import load_renderer
 from veneer.train import env_check
-from veneer.train.env_check import Finding, Subject, check_env, commonest, passed
+from veneer.train.env_check import Finding, Subject, check_env, passed
+from veneer.train.metrics import commonest
 from veneer.types import Message, Observation, Split, StepResult, Ungraded
 
 RENDERER = load_renderer("nano")

@@ -54,7 +54,11 @@ def list_envs(family: str | None, as_json: bool) -> None:
 
 
 def _about(factory: Callable[..., Any]) -> str:
-    return (factory.__doc__ or "").strip().splitlines()[0]
+    """The first sentence of what it says of itself."""
+    import re
+
+    words = " ".join((factory.__doc__ or "").split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z])", words)[0]
 
 
 def _args(factory: Callable[..., Any], name: str) -> str:

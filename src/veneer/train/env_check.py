@@ -7,10 +7,8 @@ Answers are given through the loop of training itself: a script takes the engine
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from typing import Any, Literal
 from veneer.measure.intervals import Mean
 from veneer.measure.pass_at_k import mean_share, pass_at_k, useful_share
 from veneer.render import Renderer
+from veneer.train.metrics import commonest
 from veneer.train.rollouts import Policy, closing, derive_seed, do_rollouts
 from veneer.train.script import Played, Speech, play, say
 from veneer.train.timebox import EnvFailure, expect, in_env
@@ -340,12 +339,6 @@ def _failures(errors: Sequence[str], episodes: int, limit: float) -> Finding:
     detail = f"{len(errors)} of {episodes}" + "".join(f"; {count} times: {example}" for count, example in causes)
     verdict: Verdict = "failed" if len(errors) > limit * episodes else "warning" if errors else "ok"
     return Finding("failed rollouts", verdict, detail, {"failed": len(errors), "causes": [list(c) for c in causes]})
-
-
-def commonest(errors: Sequence[str], most: int = 3) -> list[tuple[int, str]]:
-    """How often the commonest causes occurred, with an example of each: errors that differ in numbers alone are one."""
-    kinds = [re.sub(r"\d+", "N", error) for error in errors]
-    return [(count, errors[kinds.index(kind)]) for kind, count in Counter(kinds).most_common(most)]
 
 
 def _share(mean: Mean) -> str:

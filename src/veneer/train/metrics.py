@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -54,8 +55,14 @@ def check_failures(groups_P: Sequence[TrajectoryGroup], limit: float) -> None:
     """Raises:
     RunError: a larger share than ``limit`` of the rollouts failed; names the three commonest causes.
     """
-    errors = Counter(t.error for group in groups_P for t in group.trajectories_G if t.error is not None)
-    failed, total = errors.total(), sum(len(group.trajectories_G) for group in groups_P)
-    if failed > limit * total:
-        causes = "; ".join(f"{count} times: {error}" for error, count in errors.most_common(3))
-        raise RunError(f"{failed} of {total} rollouts failed, more than env.max_failed_share = {limit:g}; {causes}")
+    errors = [t.error for group in groups_P for t in group.trajectories_G if t.error is not None]
+    total = sum(len(group.trajectories_G) for group in groups_P)
+    if len(errors) > limit * total:
+        causes = "; ".join(f"{count} times: {error}" for count, error in commonest(errors))
+        raise RunError(f"{len(errors)} of {total} rollouts failed, more than env.max_failed_share = {limit:g}; {causes}")
+
+
+def commonest(errors: Sequence[str], most: int = 3) -> list[tuple[int, str]]:
+    """How often the commonest causes occurred, with an example of each: errors that differ in numbers alone are one."""
+    kinds = [re.sub(r"\d+", "N", error) for error in errors]
+    return [(count, errors[kinds.index(kind)]) for kind, count in Counter(kinds).most_common(most)]

@@ -63,7 +63,7 @@ class _Script:
     def __init__(self, watched: Watch, renderer: Renderer, context_length: int, speech: Speech) -> None:
         self.watched, self.renderer, self.context_length, self.speech = watched, renderer, context_length, speech
 
-    async def sample(self, prompt: Tokens, adapter: str | None, params: SamplingParams) -> list[Sample]:
+    async def sample(self, prompt: Tokens, adapter: str | None, params: SamplingParams, *, top_logprobs: int = 0) -> list[Sample]:
         env = self.watched.playing
         assert env is not None
         try:
