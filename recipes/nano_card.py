@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from veneer.engine import LoraEngine, load_base, set_threads
-from veneer.envs import ENVIRONMENTS, load_env
+from veneer.envs import load_env
 from veneer.envs.calculator import CALCULATOR
 from veneer.measure.intervals import wilson
 from veneer.render import load_renderer
@@ -78,7 +78,7 @@ def main() -> None:
     base = load_base("nano")
     policy = Policy(LoraEngine(base), load_renderer("nano"), None, SamplingParams(max_tokens=96))
     rates = {}
-    for name in ENVIRONMENTS:
+    for name in EXAMPLES:
         rates[name] = asyncio.run(evaluate(policy, load_env(name), args.problems, seed=0))
         print(name, rates[name].solved, flush=True)
     groups = asyncio.run(do_rollouts(policy, load_env("arithmetic"), "eval", range(args.problems_64), 64, seed=1))

@@ -42,3 +42,21 @@ def test_the_recipes_data_are_what_their_script_writes(tmp_path: Path) -> None:
             questions = [m["content"] for m in row.get("messages", row.get("prompt")) if m["role"] == "user"]
             assert len(questions) == 1
             assert not held_out(questions[0])
+
+
+def teach(folder: Path) -> dict[str, bytes]:
+    command = [sys.executable, ROOT / "recipes/teach_nano.py", "--start", NANO_FOLDER, "--out", folder, "--steps", "2", "--rows", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_teaching_is_deterministic_and_keeps_what_tokens_mean(tmp_path: Path) -> None:
+    """The worlds' tokens come behind those that there are: what the base knows by its old ones stays where it was."""
+    first, second = teach(tmp_path / "first"), teach(tmp_path / "second")
+    assert first == second
+    before, after = (json.loads(text) for text in ((NANO_FOLDER / "tokenizer.json").read_bytes(), first["tokenizer.json"]))
+    assert after["model"]["vocab"] == before["model"]["vocab"]
+    old, new = ({token["content"]: token["id"] for token in tokenizer["added_tokens"]} for tokenizer in (before, after))
+    assert old.items() <= new.items()
+    assert len(new) > len(old)

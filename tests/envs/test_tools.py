@@ -80,6 +80,7 @@ def play(env: ToolEnv, *actions: Message) -> list[StepResult]:
         (("divide", {"a": 4}), "error: divide: 'b' is a required property"),
         (("divide", {"a": 4, "b": 2, "c": 1}), "error: divide: Additional properties are not allowed ('c' was unexpected)"),
         (("divine", {}), "error: there is no tool divine; there are divide, wait"),
+        (("\ud800", {}), "error: there is no tool ?; there are divide, wait"),
     ],
 )
 def test_a_call_is_answered(call: tuple[str, dict[str, Any]], answer: str) -> None:

@@ -59,7 +59,7 @@ class ToolEnv:
             except ToolError as error:
                 self.errors += 1
                 content = f"error: {error}"
-            results.append({"role": "tool", "content": content})
+            results.append({"role": "tool", "content": content.encode(errors="replace").decode()})  # JSON can spell half a character
         for _ in invalid:
             self.invalid += 1
             results.append({"role": "tool", "content": "error: not a call; write a JSON object with name and arguments"})
