@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,16 @@ from veneer.envs.tools.sandbox.bubblewrap import LAUNCH
 from veneer.envs.tools.sandbox.process import TICK
 from veneer.types import ConfigError
 
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder for temporary ones that no other test works in at the same time, and that a program's own user may enter."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="veneer-test-") as folder:
+        Path(folder).chmod(0o711)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
 LIMITS = Limits(cpu=2, wall=4.0, memory=128 * 2**20, disk=8 * 2**20, file=2 * 2**20, files=200, processes=8, output=2000)
 pytestmark = LINUX
 
@@ -30,7 +40,7 @@ pytestmark = LINUX
 def run(program: str, bare: bool = False, stdin: str = "", **limits: float) -> Outcome:
     """Run it, and see that nothing lives on and no folder is left."""
     sandbox = Sandbox(replace(LIMITS, **limits), unsafe_no_sandbox=bare)
-    folders = set(Path(tempfile.gettempdir()).glob("veneer-sandbox-*")) | set(Path("/tmp").glob("work*"))
+    folders = set(Path(tempfile.gettempdir()).glob("veneer-sandbox-*"))
     reading, writing = os.pipe()
     try:
         outcome = asyncio.run(sandbox.run({"main.py": program}, stdin, [writing]))
@@ -41,7 +51,7 @@ def run(program: str, bare: bool = False, stdin: str = "", **limits: float) -> O
             pytest.fail("something of it lives on")
     finally:
         os.close(reading)
-    left = set(Path(tempfile.gettempdir()).glob("veneer-sandbox-*")) | set(Path("/tmp").glob("work*"))
+    left = set(Path(tempfile.gettempdir()).glob("veneer-sandbox-*"))
     assert left <= folders
     return outcome
 
