@@ -357,19 +357,22 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from store_tools import make
 from veneer.store.registry import Registry
+print("ready", flush=True)
 sys.stdin.readline()
 print(*[Registry().put("x", make(float(value)), {}) for value in sys.argv[2:]])
 """
 
 
 def at_once(script: str, *arguments: list[str]) -> list[str]:
-    """Run a script in as many processes as there are arguments; each waits for the word go."""
+    """Run a script in as many processes as there are arguments; each says that it is ready and waits for the word go."""
     here = str(Path(__file__).parent)
     started = [
         subprocess.Popen([sys.executable, "-c", script, here, *own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for own in arguments
     ]
-    time.sleep(0.1)
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
     for process in started:
         assert process.stdin is not None
         process.stdin.write("go\n")
@@ -398,6 +401,7 @@ MOVE = """
 import sys
 from veneer.store.registry import Registry
 registry = Registry()
+print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(30):
     registry.promote("x", 2)
@@ -443,6 +447,7 @@ PROMOTE = """
 import sys
 from veneer.store.registry import Registry
 registry = Registry()
+print("ready", flush=True)
 sys.stdin.readline()
 for i in range(15):
     registry.index.promote("x", int(sys.argv[2 + i % 2]), "live")

@@ -178,12 +178,18 @@ class Index:
             if self.file is not None:
                 with storage_errors(self.file):
                     self.file.parent.mkdir(parents=True, exist_ok=True)
-            if not all(sa.inspect(self.engine).has_table(table) for table in METADATA.tables):
-                try:
-                    METADATA.create_all(self.engine)
-                except DBAPIError:  # another process makes them just now
-                    METADATA.create_all(self.engine)
+            for table in METADATA.sorted_tables:
+                if not sa.inspect(self.engine).has_table(table.name):
+                    self._make_table(table)
             self._ready = True
+
+    def _make_table(self, table: sa.Table) -> None:
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+        except DBAPIError:  # PostgreSQL and MySQL: another process makes it just now
+            if not sa.inspect(self.engine).has_table(table.name):
+                raise
 
     @contextmanager
     def _errors(self) -> Generator[None, None, None]:
