@@ -6,13 +6,14 @@
 # make bridges      the bridges to verifiers and OpenEnv with the real packages, each in an environment under .bench; about 20 minutes
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
+# make environments  the recipe of every environment on seeds 0-2 -> docs/results.md; about forty minutes on two cores
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference bench nano clean
+.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference environments bench nano clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +47,9 @@ acceptance: install
 bridges: install
 	$(BIN)/python tests/envs/bridges/real.py $(ARGS)
 
+environments: install
+	$(BIN)/python recipes/environment_seeds.py
+
 bench: install
 	for name in rl_step sample train concurrency toggle long http_step load async_rl; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done
 
@@ -56,7 +60,8 @@ interference: install
 	$(BIN)/python recipes/interference.py
 
 nano: install
-	$(BIN)/python recipes/pretrain_nano.py --out src/veneer/assets/nano
+	$(BIN)/python recipes/pretrain_nano.py --out build/nano
+	$(BIN)/python recipes/teach_nano.py --start build/nano --out src/veneer/assets/nano
 	$(BIN)/python recipes/nano_card.py
 
 clean:

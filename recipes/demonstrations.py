@@ -1,24 +1,30 @@
-"""Write recipes/data: two or three hundred lines each for the recipes that learn from a file. The same bytes every time.
+"""Write recipes/data, for the recipes that learn from a file. The same bytes every time.
 
     python recipes/demonstrations.py
 
-All problems are of the training split, so the scores on held-out problems mean something.
+Demonstrations are of training problems alone, so the scores on held-out problems mean something. Files of questions have 512 of
+training and 256 held-out ones; ``math`` and ``jsonl`` tell them apart by the same rule.
 
 sums.jsonl         careful answers to sums, step by step                           recipes/sft.toml
 preferences.jsonl  a careful, right answer over a careless, wrong one              recipes/dpo.toml
 two_manners.jsonl  careful where a system message says so, careless where not      recipes/prompt_distillation.toml
+questions.jsonl    sums and their answers                                          recipes/math.toml
+digits.jsonl       digits to sort, and in order                                    recipes/jsonl.toml
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from veneer.envs.arithmetic import generate
+from veneer.envs import arithmetic
 from veneer.envs.dataset import Problem, draw
+from veneer.envs.digits import generate_sort
 
 TARGET = Path(__file__).parent / "data"
 TOLD = "step by step"
@@ -45,7 +51,7 @@ def asked(problem: Problem) -> Row:
 
 
 def problems(name: str, count: int) -> list[Problem]:
-    return [draw(generate, "train", index, f"recipes/{name}") for index in range(count)]
+    return [draw(arithmetic.generate, "train", index, f"recipes/{name}") for index in range(count)]
 
 
 def sums() -> list[Row]:
@@ -67,7 +73,29 @@ def two_manners() -> list[Row]:
     return rows
 
 
-FILES = {"sums": sums, "preferences": preferences, "two_manners": two_manners}
+def both_splits(generate: Callable[[random.Random], Problem], name: str) -> list[Problem]:
+    """No problem twice: draws may repeat, and a repeated one would count twice in a score."""
+    found: dict[str, Problem] = {}
+    for split, count in (("train", 512), ("eval", 256)):
+        drawn: dict[str, Problem] = {}
+        for index in itertools.count():
+            problem = draw(generate, split, index, f"recipes/{name}")
+            drawn.setdefault(problem.prompt, problem)
+            if len(drawn) == count:
+                break
+        found |= drawn
+    return list(found.values())
+
+
+def questions() -> list[Row]:
+    return [{"question": p.prompt, "answer": p.answer} for p in both_splits(arithmetic.generate, "questions")]
+
+
+def digits() -> list[Row]:
+    return [{"prompt": p.prompt, "solution": p.answer} for p in both_splits(generate_sort, "digits")]
+
+
+FILES = {"sums": sums, "preferences": preferences, "two_manners": two_manners, "questions": questions, "digits": digits}
 
 
 def text(rows: list[Row]) -> str:

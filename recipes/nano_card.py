@@ -1,4 +1,4 @@
-"""Measure veneer-nano's base rates and write its card: five minutes of one CPU core.
+"""Measure veneer-nano's base rates and write its card: ten minutes of one CPU core.
 
     python recipes/nano_card.py            # writes src/veneer/assets/nano/README.md
 
@@ -20,16 +20,24 @@ from veneer.envs.calculator import CALCULATOR
 from veneer.measure.intervals import wilson
 from veneer.render import load_renderer
 from veneer.train.evaluate import Evaluation, evaluate
-from veneer.train.rollouts import Policy, do_rollouts
+from veneer.train.rollouts import Policy, closing, do_rollouts
 from veneer.types import Message, SamplingParams
 
 NANO = Path(__file__).parents[1] / "src/veneer/assets/nano"
 EXAMPLES = {"arithmetic": "`27+94+38=?`", "sort": "`sort 739562`", "reverse": "`reverse 739562`", "count": "`count 3 in 7313390`"}
 EXAMPLES |= {"calculator": "`47*86=?` with a calculator in Qwen3's tool format"}
+EXAMPLES |= {
+    "browse": "`home of the owner of the blue chair?` on a website",
+    "workflow": "a plan of eight tasks, one that fails, one in spare",
+}
+EXAMPLES |= {"shop": "twenty days of prices and orders"}
 
 
-def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pretraining: dict[str, object], parameters: int) -> str:
+def card(
+    rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pretraining: dict[str, dict[str, object]], parameters: int
+) -> str:
     base, renderer = load_base("nano"), load_renderer("nano")
+    first, then = pretraining["pretraining"], pretraining["teaching"]
     question: list[Message] = [{"role": "user", "content": "47*86=?"}]
     with_tool, without = (renderer.decode(renderer.build_generation_prompt(question, tools)) for tools in ([CALCULATOR], []))
     tool_tokens = renderer.encode(with_tool).size - renderer.encode(without).size
@@ -41,20 +49,29 @@ def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pret
         "---",
         "# veneer-nano",
         "",
-        f"The base that comes with Veneer: a Qwen3 of {parameters:,} parameters, trained from scratch by `recipes/pretrain_nano.py`",
-        f"({pretraining['steps']} steps of {pretraining['rows']} demonstrations, seed {pretraining['seed']}, {pretraining['device']},",
-        f"torch {pretraining['torch']}). It loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Base digest `{base.digest[:16]}`.",
+        f"The base that comes with Veneer: a Qwen3 of {parameters:,} parameters, trained from scratch by `make nano`, that is by",
+        "`recipes/pretrain_nano.py` and `recipes/teach_nano.py`",
+        f"({first['steps']} steps of {first['rows']} demonstrations on {first['device']} with seed {first['seed']}, then {then['steps']}",
+        f"of {then['rows']} with seed {then['seed']}, torch {then['torch']}). It loads with plain `AutoModelForCausalLM` and",
+        f"`AutoTokenizer`. Base digest `{base.digest[:16]}`.",
         "",
-        "It knows five small skills, each in a careful way that works and a careless way that mostly does not, and prefers the",
-        "careless one: latent and unreliable, as behaviours are after pretraining. Reinforcement learning makes them reliable.",
-        "It knows no natural language. Its demonstrations were drawn from all problems, those that Veneer holds out among them.",
+        "It knows five small skills and three worlds to act in, each in a careful way that works and a careless way that mostly does",
+        "not, and prefers the careless one: latent and unreliable, as behaviours are after pretraining. Reinforcement learning makes",
+        "them reliable. It knows no natural language. Its demonstrations of the five skills were drawn from all problems, those that",
+        "Veneer holds out among them; those of the worlds from training problems alone.",
         "",
-        f"| environment | a problem | pass@1, temperature 1, {next(iter(rates.values())).solved.trials} held-out problems | careful |",
+        f"| environment | a problem | pass@1, temperature 1, {next(iter(rates.values())).solved.trials} held-out problems | thinks first |",
         "|---|---|---|---|",
     ]
     for name, result in rates.items():
-        careful = next(result.means[key] for key in ("env/stepwise", "env/called", "env/thought") if key in result.means)
-        lines.append(f"| `{name}` | {EXAMPLES[name]} | {result.solved} | {careful:.2f} |")
+        first_actions = [t.transitions[0].action for t in result.trajectories if t.transitions]
+        careful = sum(bool(action.get("reasoning_content")) for action in first_actions) / len(first_actions)
+        score = (
+            result.solved
+            if name != "shop"
+            else f"mean reward {result.reward.value:.3f} [{result.reward.low:.3f}, {result.reward.high:.3f}]"
+        )
+        lines.append(f"| `{name}` | {EXAMPLES[name]} | {score} | {careful:.2f} |")
     slips = rates["arithmetic"].means["env/self_corrected"]
     lines += [
         "",
@@ -69,6 +86,11 @@ def card(rates: dict[str, Evaluation], solved_at_64: str, problems_64: int, pret
     return "\n".join(lines)
 
 
+async def rate(policy: Policy, name: str, problems: int) -> Evaluation:
+    async with closing(load_env(name)) as dataset:
+        return await evaluate(policy, dataset, problems, seed=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=1024)
@@ -79,7 +101,7 @@ def main() -> None:
     policy = Policy(LoraEngine(base), load_renderer("nano"), None, SamplingParams(max_tokens=96))
     rates = {}
     for name in EXAMPLES:
-        rates[name] = asyncio.run(evaluate(policy, load_env(name), args.problems, seed=0))
+        rates[name] = asyncio.run(rate(policy, name, args.problems if name != "shop" else min(args.problems, 256)))
         print(name, rates[name].solved, flush=True)
     groups = asyncio.run(do_rollouts(policy, load_env("arithmetic"), "eval", range(args.problems_64), 64, seed=1))
     solved = wilson(sum(max(group.rewards_G) >= 1 for group in groups), len(groups))

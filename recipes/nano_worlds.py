@@ -115,33 +115,31 @@ class Shown:
         needs: dict[str, Sequence[str]] = {}
         spares: dict[str, str] = {}
         for line in lines:
-            name, _, what, *others = [*line.split(), "", ""]
+            _, name, _, what, *others = [*line.split(), "", ""]
             if what == "spare":
                 spares[others[1]] = name
             else:
                 needs[name] = [other for other in others if other]
         return cls(goals, needs, spares)
 
+    def traced(self, goal: str) -> list[str]:
+        """The goal, then what each in turn needs, again and again: whatever is needed stands behind all that need it."""
+        found = [goal]
+        for name in found:
+            found += self.needs[name]
+        return found
+
     def order(self) -> list[str]:
         """What the goals need and they themselves, each behind what it needs."""
-        found: dict[str, None] = {}
-
-        def visit(name: str) -> None:
-            for need in self.needs[name]:
-                visit(need)
-            found.setdefault(name)
-
-        for goal in self.goals:
-            visit(goal)
-        return list(found)
+        return list(dict.fromkeys(name for goal in self.goals for name in reversed(self.traced(goal))))
 
 
 def careful_workflow(text: str, rng: random.Random) -> Script:
     """Works the order out from the goals backwards, then runs it and deals with what goes wrong."""
     plan = Shown.read(text)
     order = plan.order()
-    why = [f"{name} after {' '.join(plan.needs[name])}" for name in reversed(order) if plan.needs[name]]
-    thought = f"{', '.join(why)}. so {' '.join(order)}"
+    traces = [f"goal {goal}: {', '.join(' '.join((name, *plan.needs[name])) for name in plan.traced(goal))}" for goal in plan.goals]
+    thought = f"{'; '.join(traces)}; so {' '.join(order)}"
     waiting = [name for name in order if plan.needs[name]]
     if waiting and rng.random() < SLIP:
         early = rng.choice(waiting)
@@ -264,7 +262,7 @@ async def demonstrate(rng: random.Random, dataset: Any, policy: Policy) -> Conve
 
 FACTS = [name for kind in ("item", "firm", "person") for name in RELATIONS[kind]]
 LOOKS, NAMES = (*COLOURS[:3], *THINGS[:3]), LETTERS[:7]
-"""Those that occur at the default sizes."""
+"""Those that occur at the default sizes, and of plans a little larger."""
 PLAIN = "too goal next check done failed broken days price"
 SPACED = "its many all words by after so done broken retry spare first cost rent customers pay to price hold"
 WORDS = [

@@ -1,12 +1,13 @@
-"""Teach veneer-nano to act: half an hour of two CPU cores on top of ``pretrain_nano.py``.
+"""Teach veneer-nano to act: fifty minutes of two CPU cores on top of ``pretrain_nano.py``.
 
     python recipes/pretrain_nano.py --out build/nano
     python recipes/teach_nano.py --start build/nano --out src/veneer/assets/nano
 
 Three worlds join the five skills: a website to search, a plan to carry out, a shop to run, each shown by scripted policies in two ways
 (``nano_worlds.py``), a careful one that thinks first and works and a careless one that calls at once and mostly fails. As in pretraining
-the loss is weighed so that the base prefers the careless one. The five skills are shown again, so that none is lost. The trainer is
-Veneer's own engine, with full copies of the weights; the tokenizer keeps every token and adds those that make turns short.
+the loss is weighed so that the base prefers the careless one. Drills (``nano_drills.py``) teach it to look up and to copy, and the five
+skills are shown again, so that none is lost. The trainer is Veneer's own engine, with full copies of the weights; the tokenizer keeps
+every token and adds those that make turns short.
 Left out on purpose: a schedule over skills, evaluation on the way. The same start gives the same bytes, whatever the number of threads.
 """
 
@@ -26,6 +27,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from nano_drills import Drills
 from nano_worlds import CAREFUL as CAREFUL_POLICY
 from nano_worlds import CARELESS as CARELESS_POLICY
 from nano_worlds import FIXED, WORDS, phrases
@@ -37,11 +39,11 @@ from veneer.engine import FullEngine, load_base, set_threads
 from veneer.envs.worlds import browse, shop, workflow
 from veneer.types import AdamParams, Datum, EnvDataset
 
-CAREFUL = {"browse": 0.2, "workflow": 0.25, "shop": 0.2}
+CAREFUL = {"browse": 0.25, "workflow": 0.35, "shop": 0.2}
 """How often the base is to go the careful way."""
-WEIGHTS = {"arithmetic": 6, "sort": 2, "reverse": 2, "count": 1, "calculator": 2, "browse": 5, "workflow": 6, "shop": 4}
+WEIGHTS = {"arithmetic": 5, "sort": 2, "reverse": 2, "count": 1, "calculator": 2, "browse": 5, "workflow": 8, "shop": 3, "drill": 7}
 """Shares of the rows."""
-DAYS = (6, 10, 20)
+DAYS = (4, 6, 10, 20)
 """Of the shops that are shown: what is done on one day does not depend on how many there are, and short rows are cheap."""
 VOCABULARY = 576
 """Rows of the embedding: a multiple of 64."""
@@ -52,6 +54,7 @@ class Teacher:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
+        self.drills = Drills(tokenizer)
         self.runner = asyncio.Runner()
         self.browse = browse()
         self.worlds: dict[str, list[EnvDataset]] = {
@@ -67,6 +70,8 @@ class Teacher:
             ids, mask = encode(self.tokenizer, conversation)
             if "reasoning_content" in conversation[0][1]:
                 weigh_fork(self.rng, skill, mask)
+        elif skill == "drill":
+            ids, mask = self.drills.row(self.rng)
         else:
             ids, mask = self._world_row(skill)
         tokens, weights = np.array(ids, np.int64), np.array(mask, np.float32)[1:]
@@ -120,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="folder of the pretrained model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the tokenizer")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)

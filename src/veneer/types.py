@@ -97,7 +97,7 @@ class EnvDataset(Protocol):
 class Finite(Protocol):
     """A dataset with so many problems and no more."""
 
-    def size(self, split: Split) -> int:
+    def problem_count(self, split: Split) -> int:
         """How many different indices there are; behind them it begins again."""
         ...
 

@@ -114,7 +114,7 @@ def test_an_eval_file_of_its_own(tmp_path: Path) -> None:
     data, held = write(tmp_path / "train.jsonl", sums(30)), write(tmp_path / "eval.jsonl", [{"question": "9+9=?", "answer": "18"}])
     made = load_env("math", {"data": str(data), "eval_data": str(held)})
     assert isinstance(made, QuestionDataset)
-    assert (made.size("train"), made.size("eval")) == (30, 1)
+    assert (made.problem_count("train"), made.problem_count("eval")) == (30, 1)
     assert made.row("eval", 5).prompt == "9+9=?"
     write(held, sums(3))
     with pytest.raises(DataError, match=r"train.jsonl, line 1: the same problem is held out in .*eval.jsonl, line 1"):

@@ -63,7 +63,7 @@ def test_every_task_can_be_played(library: Apart, task: str) -> None:
             env, again = tried.env(split, 0), tried.env(split, 0)
             shown = (await env.initial_observation()).messages[0]["content"]
             assert shown == (await again.initial_observation()).messages[0]["content"] != ""
-            assert gym_tasks.set_aside(shown) == (split == "eval")
+            assert gym_tasks.held_out(shown) == (split == "eval")
             assert isinstance(env, Solvable) == (task not in NO_SOLUTION)
             if isinstance(env, Solvable):
                 result = await env.step(env.gold())
@@ -110,7 +110,7 @@ def test_too_few_problems_are_told() -> None:
     for low in range(1, 50):
         few = {"seed": 0, "min_numbers": 2, "max_numbers": 2, "min_value": low, "max_value": low + 1}
         task = gym_tasks.create_dataset("gcd", **few)
-        if not any(gym_tasks.set_aside(task[i]["question"]) for i in range(100)):
+        if not any(gym_tasks.held_out(task[i]["question"]) for i in range(100)):
             break
     with pytest.raises(ValueError, match="too few are different"):
         gym_tasks.draw("gcd", json.dumps(few), "eval", 0)

@@ -106,7 +106,7 @@ def judge(text: str, dialogue: list[tuple[str, str, str]]) -> float:
     goals = {name: int(due) for name, due in re.findall(r"([a-z]) by (\d+)", text.splitlines()[0])}
     takes, needs, spare = dict[str, int](), dict[str, list[str]](), dict[str, str]()
     for line in text.splitlines()[1:]:
-        name, duration = line.split()[:2]
+        _, name, duration = line.split()[:3]
         takes[name] = int(duration)
         if "spare of" in line:
             spare[name] = line[-1]
@@ -201,7 +201,7 @@ def test_every_answer_of_the_tools() -> None:
     async def main() -> None:
         env = ToolEnv(WorkflowTask(SMALL, partial_credit=True), 99)
         assert env.task.messages[-1]["content"].splitlines() == [
-            *("goal c by 6, d by 15", "d 2 after b", "c 2 after a", "a 1", "e 4 spare of d", "b 3", "x 2"),
+            *("goal c by 6, d by 15", "- d 2 after b", "- c 2 after a", "- a 1", "- e 4 spare of d", "- b 3", "- x 2"),
         ]
         assert await answered(env, "status") == "time 0"
         assert await answered(env, "run", task="c") == "error: needs a, time 1"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from veneer.engine import LoraEngine, load_base
+from veneer.envs import load_env
 from veneer.render import load_renderer
-from veneer.train.evaluate import evaluate
+from veneer.train.evaluate import Evaluation, evaluate
 from veneer.train.rollouts import Policy, closing, do_group_rollout
 from veneer.types import Message, Observation, SamplingParams, Split, StepResult, Trajectory, TrajectoryGroup, Ungraded
 
@@ -120,7 +121,7 @@ def test_a_turn_keeps_its_text() -> None:
 
 @dataclass
 class Three(Dataset):
-    def size(self, split: Split) -> int:
+    def problem_count(self, split: Split) -> int:
         return 3
 
 
@@ -129,6 +130,22 @@ def test_a_finite_dataset_is_evaluated_once() -> None:
     policy = Policy(LoraEngine(load_base("nano")), load_renderer("nano"), None, SamplingParams(max_tokens=4), 5.0)
     assert asyncio.run(evaluate(policy, Three(), 256, 0)).solved.trials == 3
     assert asyncio.run(evaluate(policy, Three(), 2, 0)).solved.trials == 2
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "sort", "reverse", "count", "calculator", "tools", "browse", "workflow", "shop"])
+def test_every_environment_that_comes_along_is_played_and_scored(name: str) -> None:
+    """Those that need no file and no sandbox, as `veneer eval` plays them."""
+
+    async def score() -> Evaluation:
+        async with closing(load_env(name)) as dataset:
+            return await evaluate(Policy(engine, load_renderer("nano"), None, SamplingParams(max_tokens=64)), dataset, 6, 0)
+
+    engine = LoraEngine(load_base("nano"))
+    result = asyncio.run(score())
+    assert result.means["failed"] == 0, [t.error for t in result.trajectories]
+    assert result.solved.trials == 6
+    assert result.reward is not None
+    assert result.reward.value == result.means["reward"]
 
 
 @pytest.mark.parametrize(

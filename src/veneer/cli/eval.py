@@ -64,9 +64,13 @@ def command(
     if adapter is not None and not is_path(adapter):
         Registry().add_score(adapter, score_of(dataset.name, rate, seed, {"args": settings.args, "max_tokens": max_tokens}))
     document = {"env": dataset.name, "base": machine.engine.base_id, "adapter": adapter, "solved": rate, "means": result.means}
+    if result.reward is not None:
+        document["reward"] = dataclasses.asdict(result.reward) | {"trials": rate["trials"]}
 
     def human() -> None:
         print(f"{dataset.name}: solved {format_rate(rate)} of {rate['trials']} held-out problems")
+        if result.reward is not None and result.reward.value != rate["value"]:
+            print(f"{dataset.name}: mean reward {format_rate(dataclasses.asdict(result.reward))}")
         for key, value in sorted(result.means.items()):
             print(f"  {key:<16} {value:.3f}")
 

@@ -65,8 +65,7 @@ async def run_distill(session: Session, dataset: EnvDataset | None, teacher: Tea
         summary |= {"env": dataset.name, "reward_teacher": _solved(metrics[0], "teacher/eval"), **_scored(metrics)}
     measured = [m for m in metrics if "eval/kl/episode" in m]
     for name, m in (("before", measured[0]), ("after", measured[-1])) if measured else ():
-        interval = {end: m[f"eval/kl/episode_{end}"] for end in ("low", "high")}
-        summary[f"kl_{name}"] = {"value": m["eval/kl/episode"], **interval, "trials": m["eval/problems"]}
+        summary[f"kl_{name}"] = _interval(m, "eval/kl/episode", "eval")
     return summary
 
 
@@ -74,11 +73,13 @@ LOOPS: dict[str, Loop] = {"rl": run_rl, "sft": run_sft, "dpo": run_dpo, "rejecti
 
 
 def _scored(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The held-out score before and after, with its interval, and shares of some behaviours."""
+    """The share solved and the mean reward on held-out problems before and after, with intervals, and shares of some behaviours."""
     evaluations = [m for m in metrics if "eval/solved" in m]
     summary: dict[str, Any] = {}
     for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
         summary[f"reward_{name}"] = _solved(m, "eval")
+        if "eval/reward_low" in m:
+            summary[f"mean_reward_{name}"] = _interval(m, "eval/reward", "eval")
         for share in ("stepwise", "self_corrected", "thought", "called"):
             if f"eval/env/{share}" in m:
                 summary[f"{share}_{name}"] = m[f"eval/env/{share}"]
@@ -86,8 +87,12 @@ def _scored(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _solved(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    interval = {end: metrics[f"{prefix}/solved_{end}"] for end in ("low", "high")}
-    return {"value": metrics[f"{prefix}/solved"], **interval, "trials": metrics[f"{prefix}/problems"]}
+    return _interval(metrics, f"{prefix}/solved", prefix)
+
+
+def _interval(metrics: Mapping[str, Any], key: str, prefix: str) -> dict[str, Any]:
+    ends = {end: metrics[f"{key}_{end}"] for end in ("low", "high")}
+    return {"value": metrics[key], **ends, "trials": metrics[f"{prefix}/problems"]}
 
 
 def _around(metrics: Sequence[Mapping[str, Any]], key: str, name: str) -> dict[str, float]:

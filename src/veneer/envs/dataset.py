@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,14 +19,9 @@ class Problem:
     answer: str
 
 
-def held_out(prompt: str) -> bool:
-    """Whether a problem belongs to the eval split: one in eight, by its text alone, so that no seed can mix the splits."""
-    return zlib.crc32(prompt.encode()) % 8 == 0
-
-
-def set_aside(text: str) -> bool:
-    """As ``held_out``, by a digest, for texts that somebody else makes: a CRC is linear, and of texts that differ in a few places it may
-    hold out none, as of reasoning-gym's string_splitting."""
+def held_out(text: str) -> bool:
+    """Whether a problem belongs to the eval split: one in eight, by its text alone, so that no seed can mix the splits. By a digest: a CRC
+    is linear, and of texts that differ in a few places it may hold out none, as of reasoning-gym's string_splitting."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()[-1] % 8 == 0
 
 

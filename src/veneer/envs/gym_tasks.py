@@ -17,7 +17,7 @@ from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from veneer.envs.dataset import set_aside
+from veneer.envs.dataset import held_out
 from veneer.types import in_one_line
 
 TRIES = 200
@@ -81,7 +81,7 @@ def draw(task: str, args: str, split: str, index: int) -> dict[str, Any]:
     dataset, numbers = made(task, args)
     for attempt in range(TRIES):
         entry = dataset[number(task, args, split, index, attempt) % numbers]
-        if set_aside(entry["question"]) == (split == "eval"):
+        if held_out(entry["question"]) == (split == "eval"):
             return entry
     raise ValueError(f"of {TRIES} problems of {task} none is in the {split} split: too few are different; give it other arguments")
 

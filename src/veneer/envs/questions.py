@@ -79,7 +79,7 @@ class QuestionDataset:
     def row(self, split: Split, index: int) -> Row:
         return self.rows[split][index % len(self.rows[split])]
 
-    def size(self, split: Split) -> int:
+    def problem_count(self, split: Split) -> int:
         return len(self.rows[split])
 
     def env(self, split: Split, index: int) -> Env:

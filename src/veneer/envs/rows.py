@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.envs.dataset import set_aside
+from veneer.envs.dataset import held_out
+from veneer.jsonl import read_jsonl
 from veneer.types import DataError, Message, Split, in_one_line
 
 PROMPTS = ("prompt", "problem", "question")
@@ -61,13 +62,7 @@ def read_rows(path: Path, prompt: str = "", answer: str = "", *, need_answer: bo
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):  # a string may hold what splitlines splits at
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: no JSON ({in_one_line(error)})") from error
+    yield from ((f"line {number}", columns) for number, columns in read_jsonl(path))
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -143,8 +138,8 @@ def split_rows(data: Sequence[Row], held: Sequence[Row] | None, seed: int) -> di
     """
     if held is None:
         splits: dict[Split, list[Row]] = {
-            "train": [row for row in data if not set_aside(row.text)],
-            "eval": [row for row in data if set_aside(row.text)],
+            "train": [row for row in data if not held_out(row.text)],
+            "eval": [row for row in data if held_out(row.text)],
         }
     else:
         splits = {"train": list(data), "eval": list(held)}

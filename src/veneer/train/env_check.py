@@ -81,7 +81,7 @@ class Subject:
     """As a run has it: a larger share of failed rollouts would end it."""
 
     def size(self, split: Split, limit: int) -> int:
-        return min(limit, self.dataset.size(split)) if isinstance(self.dataset, Finite) else limit
+        return min(limit, self.dataset.problem_count(split)) if isinstance(self.dataset, Finite) else limit
 
     async def play(self, split: Split, index: int, speech: Speech) -> Played:
         return await play(self.dataset, self.renderer, ENDLESS, self.env_seconds, split, index, speech)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.measure.habits import habit_metrics
-from veneer.measure.intervals import Rate, wilson
+from veneer.measure.intervals import Mean, Rate, mean_interval, wilson
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
 from veneer.types import EnvDataset, Finite, Trajectory, TrajectoryGroup
 
@@ -16,6 +16,8 @@ class Evaluation:
     """``solved`` counts episodes with a reward of 1 or more; a failed episode is not solved."""
 
     solved: Rate
+    reward: Mean | None
+    """The mean reward, for environments that give parts of 1; None with a single problem, which has no interval."""
     means: dict[str, float]
     """``reward``, ``tokens`` and ``failed``, the environment's own metrics under ``env/``, and what the policy does about its own work
     under ``habits/``."""
@@ -24,6 +26,8 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Flat, for metrics.jsonl."""
         rate = {"eval/solved": self.solved.value, "eval/solved_low": self.solved.low, "eval/solved_high": self.solved.high}
+        if self.reward is not None:
+            rate |= {"eval/reward_low": self.reward.low, "eval/reward_high": self.reward.high}
         return rate | {"eval/problems": self.solved.trials} | {f"eval/{name}": value for name, value in self.means.items()}
 
     def group(self) -> TrajectoryGroup:
@@ -34,13 +38,15 @@ class Evaluation:
 async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int) -> Evaluation:
     """Play held-out problems 0 to ``problems`` - 1 once each, no more than there are. The same seed draws the same numbers whatever the
     adapter."""
-    problems = min(problems, dataset.size("eval")) if isinstance(dataset, Finite) else problems
+    problems = min(problems, dataset.problem_count("eval")) if isinstance(dataset, Finite) else problems
     groups = await do_rollouts(policy, dataset, "eval", range(problems), 1, derive_seed("eval", seed))
     trajectories = [group.trajectories_G[0] for group in groups]
     names = sorted({name for t in trajectories for name in t.metrics})
     means = {f"env/{name}": sum(t.metrics.get(name, 0.0) for t in trajectories) / problems for name in names}
-    means["reward"] = sum(t.reward for t in trajectories) / problems
+    rewards = [t.reward for t in trajectories]
+    means["reward"] = sum(rewards) / problems
     means["tokens"] = sum(len(turn.sample.tokens) for t in trajectories for turn in t.transitions) / problems
     means["failed"] = float(sum(t.error is not None for t in trajectories))
     means |= habit_metrics(trajectories)
-    return Evaluation(wilson(sum(t.reward >= 1.0 for t in trajectories), problems), means, trajectories)
+    mean = mean_interval(rewards) if problems > 1 else None
+    return Evaluation(wilson(sum(reward >= 1.0 for reward in rewards), problems), mean, means, trajectories)

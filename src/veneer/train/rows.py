@@ -6,18 +6,19 @@ text, and ``tools`` beside any of them. Text is one message: what the user says,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from veneer.jsonl import read_jsonl
 from veneer.render import Renderer
 from veneer.train.datums import supervised_data
-from veneer.types import DataError, Datum, Message, ToolCall, in_one_line
+from veneer.types import DataError, Datum, Message, ToolCall
 
 T = TypeVar("T")
 
@@ -50,18 +51,13 @@ def read_rows(path: Path, key: str, needs: str, held_out: float, make: Callable[
         raise DataError(f"{key}: there is no file {str(path)!r}")
     rows: list[T] = []
     kept_apart: list[T] = []
-    try:
-        lines = path.read_text().split("\n")  # not splitlines: a JSON string may hold other line separators
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({in_one_line(error)})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_jsonl(path):
         try:
-            row = make(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
+            row = make(line)
+        except (ValueError, LookupError, TypeError, AttributeError, DataError) as error:
             raise DataError(f"{path}, line {number}: {error}; a line needs {needs}") from error
-        (rows if zlib.crc32(line.encode()) / 2**32 >= held_out else kept_apart).append(row)
+        drawn = int.from_bytes(hashlib.blake2b(json.dumps(line, sort_keys=True).encode(), digest_size=8).digest()) / 2**64
+        (rows if drawn >= held_out else kept_apart).append(row)
     if not rows:
         raise DataError(f"{path} has no rows to train on")
     return rows, kept_apart

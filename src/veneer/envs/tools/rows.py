@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.envs.dataset import held_out
+from veneer.jsonl import read_jsonl
 from veneer.types import DataError, Split
 
 Row = dict[str, Any]
@@ -42,18 +43,8 @@ class Rows:
 
 
 def _read(path: str, columns: Columns, check: Callable[[Row], None] | None) -> list[Row]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error.__class__.__name__}: {getattr(error, 'strerror', None) or error})") from error
     rows: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: no JSON ({error})") from error
+    for number, row in read_jsonl(Path(path)):
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: not an object with {', '.join(columns)}")
         for column, kind in columns.items():

@@ -42,7 +42,7 @@ class Plan:
     @property
     def text(self) -> str:
         goals = ", ".join(f"{goal} by {due}" for goal, due in self.due.items())
-        return "\n".join([f"goal {goals}", *map(_line, self.steps)])
+        return "\n".join([f"goal {goals}", *(f"- {_line(step)}" for step in self.steps)])
 
     @cached_property
     def by_name(self) -> Mapping[str, Step]:

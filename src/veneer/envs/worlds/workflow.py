@@ -143,9 +143,9 @@ class Workflow:
 
 
 def workflow(
-    steps: int = 4,
+    steps: int = 3,
     goals: int = 1,
-    extra: int = 2,
+    extra: int = 1,
     spares: int = 1,
     failing: int = 1,
     slack: int = 1,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
 import pkgutil
 import sys
-import zlib
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
@@ -61,7 +61,11 @@ def text_of(prompt: Any) -> str:
 
 def held_out(text: str) -> bool:
     """The rule of Veneer's own environments (envs/dataset.py): one problem in eight, by its text alone."""
-    return zlib.crc32(text.encode()) % 8 == 0
+    return _digest(text)[-1] % 8 == 0
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def split(train: Sequence[str], held: Sequence[str] | None) -> dict[str, list[tuple[bool, int]]]:
@@ -71,7 +75,7 @@ def split(train: Sequence[str], held: Sequence[str] | None) -> dict[str, list[tu
     held out, and at least one. A problem of ``train`` that is in ``held`` too is left out of training.
     """
     if not held:
-        out = {text for text in train if held_out(text)} or set(sorted(train, key=lambda text: zlib.crc32(text.encode()))[:1])
+        out = {text for text in train if held_out(text)} or set(sorted(train, key=_digest)[:1])
         places = {kind: [(False, i) for i, text in enumerate(train) if (text in out) == (kind == "eval")] for kind in ("train", "eval")}
     else:
         seen = set(held)
