@@ -139,15 +139,19 @@ def main() -> None:
     engine.create_adapter("nano", None)
     teacher = Teacher(tokenizer, args.seed)
     started, mean_loss, tokens = time.time(), 0.0, 0
-    for step, data in enumerate(batches(teacher, args.rows, args.steps)):
+    stream = batches(teacher, args.rows, args.steps)
+    data = next(stream)
+    for step in range(args.steps):
         # A sum over a constant, as in pretraining: a batch's own mean would count the fork less beside long rows.
         scaled = [Datum(d.tokens, d.targets, d.logprobs, d.advantages, d.mask / (args.rows * TOKENS_PER_ROW)) for d in data]
         passed = engine.forward_backward("nano", scaled, "cross_entropy")
         rate = learning_rate(step, args.steps, args.lr)
-        engine.optim_step("nano", AdamParams(rate, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.05, grad_clip_norm=1.0)).result()
+        stepped = engine.optim_step("nano", AdamParams(rate, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.05, grad_clip_norm=1.0))
+        tokens += sum(len(d.tokens) for d in data)
+        data = next(stream, [])  # drawn while the engine is at work
+        stepped.result()
         loss = passed.result().metrics["loss:sum"]
         mean_loss = loss if step == 0 else 0.98 * mean_loss + 0.02 * loss
-        tokens += sum(len(d.tokens) for d in data)
         if step % 100 == 99 or step == args.steps - 1:
             print(f"step {step + 1} loss {mean_loss:.4f} {tokens:,} tokens {time.time() - started:.0f} s", flush=True)
         if step % 500 == 499 or step == args.steps - 1:

@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tiny_models import SMALL
-from veneer.engine import Base, LocalEngine, LoraEngine, load_base
+from veneer.engine import Base, FullEngine, LocalEngine, LoraEngine, load_base
 from veneer.engine import sampler as sampler_module
 from veneer.engine import trainer as trainer_module
 from veneer.types import AdamParams, LoraConfig, SamplingParams
@@ -229,10 +229,10 @@ def test_the_seed_of_one_loop_does_not_reach_another() -> None:
 # ---------------------------------------------------------------- training
 
 
-def trained(engine: LocalEngine, lengths: tuple[int, ...], rounds: int = 2, clip: float = 0.1) -> dict[str, object]:
+def trained(engine: LocalEngine, lengths: tuple[int, ...], rounds: int = 2, clip: float = 0.1, full: bool = False) -> dict[str, object]:
     """What a run on given data leaves."""
     if "x" not in engine._slots:
-        engine.create_adapter("x", LoraConfig(rank=8, alpha=16))
+        engine.create_adapter("x", None if full else LoraConfig(rank=8, alpha=16))
     told: dict[str, object] = {}
     for turn in range(rounds):
         data = [datum(length, i + turn) for i, length in enumerate(lengths)]
@@ -242,15 +242,18 @@ def trained(engine: LocalEngine, lengths: tuple[int, ...], rounds: int = 2, clip
     return told | {name: array.tobytes() for part in (state.weights, state.optimizer) for name, array in part.items()}
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "nano"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "nano", "full gemma2", "full nano"])
 def test_training_has_the_same_bits_on_one_thread_and_on_two(architecture: str) -> None:
-    """Moving a run to a machine with other cores must not make it another run."""
+    """Moving a run to a machine with other cores must not make it another run; full copies of the weights, which take the places of the
+    base's own while a pass runs, must not see each other's."""
     lengths = (100, 7, 64, 90, 90, 33, 120, 5, 111, 128) * 2
     found = {}
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found[threads] = trained(nano() if architecture == "nano" else engine_of(architecture), lengths)
+            kind, _, name = architecture.rpartition(" ")
+            engine = nano() if name == "nano" else engine_of(name)
+            found[threads] = trained(FullEngine(engine.base) if kind else engine, lengths, full=bool(kind))
     finally:
         torch.set_num_threads(1)
     assert differences(found[2], found[1]) == []

@@ -40,6 +40,8 @@ class Weights(Protocol):
     """What runs the model: ``LoraStack`` or ``FullStack``."""
 
     mixes_slots: bool
+    passes_side_by_side: bool
+    """Whether training on a CPU gives each thread a pass of its own."""
     gradient_checkpointing: bool
 
     @property

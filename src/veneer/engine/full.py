@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from veneer.engine.base import Base, Head
@@ -15,6 +17,10 @@ from veneer.engine.rows import Rows
 from veneer.types import AdapterError, LoraConfig
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+SMALL = 2**24
+"""Weights of a base whose passes run side by side. Each has a whole gradient; and the products of larger bases keep all threads busy."""
 
 
 class FullStack:
@@ -27,6 +33,8 @@ class FullStack:
         self.shapes = {name: p.shape for name, p in base.model.named_parameters()}
         self.size = sum(s.numel() for s in self.shapes.values())
         self.rows = Rows(base.device)
+        self.passes_side_by_side = self.size <= SMALL
+        self._own = threading.local()
 
     def stackable(self, slots: Sequence[int | None]) -> bool:
         """Copies of the weights run one at a time."""
@@ -82,4 +90,20 @@ class FullStack:
     def _call(self, leaves: dict[str, Tensor], flat: Flat, finish: Callable[[Tensor, Head], T]) -> T:
         dtype = self.base.dtype
         weights = {f"model.{name}": leaf.to(dtype) for name, leaf in leaves.items()}
-        return functional_call(self.base, weights, (flat, finish))
+        return functional_call(self._shell(), weights, (flat, finish))
+
+    def _shell(self) -> Base:
+        """This thread's: ``functional_call`` puts other tensors into a module's places while it runs, and two threads must not see each
+        other's."""
+        if not hasattr(self._own, "shell"):
+            self._own.shell = _shell_of(self.base, {})
+        return self._own.shell
+
+
+def _shell_of(module: M, known: dict[nn.Module, nn.Module]) -> M:
+    """The same modules anew, around the same tensors."""
+    if module not in known:
+        shell = known[module] = copy.copy(module)
+        vars(shell)["_parameters"], vars(shell)["_buffers"] = dict(module._parameters), dict(module._buffers)
+        vars(shell)["_modules"] = {name: None if child is None else _shell_of(child, known) for name, child in module._modules.items()}
+    return cast(M, known[module])

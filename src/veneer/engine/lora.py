@@ -94,6 +94,7 @@ class LoraStack:
 
     mixes_slots = True
     """One forward pass can serve rows of different slots."""
+    passes_side_by_side = True
 
     def __init__(self, base: Base, *, gradient_checkpointing: bool = False) -> None:
         """``gradient_checkpointing`` keeps only each layer's input for the backward pass and computes the rest again."""

@@ -67,7 +67,7 @@ class Trainer:
     def run(self, requests: Sequence[PassRequest], add_gradient: Callable[[int, Tensor], None]) -> list[Answer]:
         """Answer every request; ``add_gradient(slot, row)`` is called unit by unit, in order. A request with an error may have
         had some of its gradient added."""
-        lanes = self._lanes.threads if self.base.device.type == "cpu" and self.weights.mixes_slots else 1
+        lanes = self._lanes.threads if self._side_by_side else 1
         fits = tokens_that_fit(self.base, self.weights.gradient_checkpointing)
         budget = min(TOKENS_PER_PASS[self.base.device.type], fits)
         lanes = max(1, min(lanes, fits // budget))
@@ -80,6 +80,10 @@ class Trainer:
             for result in self._run_all(passes, lanes):
                 self._take(result, answers[id(result.unit.request)], add_gradient)
         return [answers[id(request)] for request in requests]
+
+    @property
+    def _side_by_side(self) -> bool:
+        return self.base.device.type == "cpu" and self.weights.passes_side_by_side
 
     def _take(self, result: _Result, answer: Answer, add_gradient: Callable[[int, Tensor], None]) -> None:
         if result.error is not None:
@@ -95,7 +99,7 @@ class Trainer:
     def _run_all(self, passes: Sequence[list[Unit]], lanes: int) -> Iterator[_Result]:
         """Results in order. The units of a pass that got stuck are tried one by one."""
         jobs = [partial(self._guarded, group) for group in passes]
-        threads = 1 if self.base.device.type == "cpu" and self.weights.mixes_slots else self._lanes.threads
+        threads = 1 if self._side_by_side else self._lanes.threads
         for group, results in zip(passes, self._lanes.run(jobs, lanes, threads), strict=True):
             if not isinstance(results, Stuck):
                 yield from results
