@@ -7,9 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+from processes import Veneer, forking_veneer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,12 +22,14 @@ def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def veneer(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "veneer", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def veneer(tmp_path_factory: pytest.TempPathFactory) -> Generator[Veneer, None, None]:
+    with forking_veneer(tmp_path_factory.mktemp("veneer")) as veneer:
+        yield veneer
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/registry.md", "docs/operating.md", "docs/proof.md", "docs/supervised.md"])
-def test_the_console_session_works_line_by_line(tmp_path: Path, page: str) -> None:
+def test_the_console_session_works_line_by_line(veneer: Veneer, home: Path, tmp_path: Path, page: str) -> None:
     """A newcomer types a page's commands in order; training runs are cut to two steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     shown = "".join(blocks("console", (ROOT / page).read_text())).splitlines()
@@ -34,19 +39,19 @@ def test_the_console_session_works_line_by_line(tmp_path: Path, page: str) -> No
         program, *arguments = shlex.split(line)
         assert program == "veneer"
         arguments = [re.sub(r"steps=\d+$", "steps=2", a) for a in arguments]
-        done = veneer(arguments, tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        done = veneer(home, *arguments, cwd=tmp_path)
+        assert done.code == 0, f"{line}\n{done.err}"
 
 
-def test_python_examples_run(tmp_path: Path) -> None:
+def test_python_examples_run(veneer: Veneer, home: Path, tmp_path: Path) -> None:
     """The environment example trains, and the library example samples."""
     environment, library = blocks("python")
     (tmp_path / "env.py").write_text(environment)
     (tmp_path / "mine.toml").write_text(
         '[env]\nname = "env.py:short_answers"\n[rl]\nsteps = 2\ngroups_per_batch = 2\n[eval]\nproblems = 8\n'
     )
-    done = veneer(["train", "mine.toml"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    trained = veneer(home, "train", "mine.toml", cwd=tmp_path)
+    assert trained.code == 0, trained.err
     done = subprocess.run([sys.executable, "-c", library], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Adapter(name='mine'" in done.stdout
@@ -60,7 +65,7 @@ def files(page: str) -> dict[str, str]:
     return dict(re.findall(r"```\w+ (\S+)\n(.*?)```", page, re.DOTALL))
 
 
-def test_the_page_of_environments_works_line_by_line(tmp_path: Path) -> None:
+def test_the_page_of_environments_works_line_by_line(veneer: Veneer, home: Path, tmp_path: Path) -> None:
     """Its files are laid down, but for the one that a command writes: that one is the page's, byte for byte."""
     shown = files(ENVIRONMENTS)
     for name, text in shown.items():
@@ -72,8 +77,8 @@ def test_the_page_of_environments_works_line_by_line(tmp_path: Path) -> None:
         arguments = [a.replace("rl.steps=40", "rl.steps=2") for a in shlex.split(line)[1:]]
         if arguments[0] == "train":
             arguments += ["--set", "eval.problems=8"]
-        done = veneer(arguments, tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        done = veneer(home, *arguments, cwd=tmp_path)
+        assert done.code == 0, f"{line}\n{done.out}{done.err}"
     assert (tmp_path / "digits.py").read_text() == shown["digits.py"]
     assert len(shown["digits.py"].splitlines()) <= 65
 
