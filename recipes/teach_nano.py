@@ -100,6 +100,8 @@ def extend(start: Path, out: Path) -> PreTrainedTokenizerFast:
     new = [text for text in (*phrases(), *FIXED, *WORDS) if text not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in dict.fromkeys(new)])
     assert len(tokenizer) <= VOCABULARY, len(tokenizer)
+    for where in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(where, None)  # transformers would write down where it was read from
     tokenizer.save_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     known = model.config.vocab_size

@@ -308,9 +308,9 @@ def test_anything_may_be_said(actions: list[Any], index: int, size: dict[str, An
     ("args", "match"),
     [
         ({"steps": 1}, r"env\.args\.steps: 1 must be a whole number from 2 to 20"),
-        ({"goals": 4}, r"env\.args\.goals: 4 must be a whole number from 1 to 3"),
-        ({"spares": 5}, r"env\.args\.spares: 5 must be a whole number from 0 to 4"),
-        ({"extra": 22}, r"env\.args\.extra: 22 must be a whole number from 0 to 21"),
+        ({"goals": 3}, r"env\.args\.goals: 3 must be a whole number from 1 to 2"),
+        ({"spares": 4}, r"env\.args\.spares: 4 must be a whole number from 0 to 3"),
+        ({"extra": 23}, r"env\.args\.extra: 23 must be a whole number from 0 to 22"),
         ({"failing": 1.0}, r"env\.args\.failing: 1\.0 must be"),
         ({"slack": -1}, r"env\.args\.slack: -1 must be"),
         ({"partial_credit": 1}, r"env\.args\.partial_credit: 1 must be true or false"),

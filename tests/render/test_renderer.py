@@ -63,7 +63,7 @@ def test_any_text_round_trips(parts: list[str]) -> None:
 
 def test_nano_tokenizer_is_small_and_has_qwen3s_tokens() -> None:
     """Thinking and tools rest on tokens of their own; arithmetic rests on one token a digit."""
-    assert len(NANO.tokenizer) < 400
+    assert len(NANO.tokenizer) < 512
     ids = [NANO.encode(token).tolist() for token in SPECIAL]
     assert all(len(i) == 1 for i in ids)
     assert len({i[0] for i in ids}) == len(SPECIAL)
