@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, Command, Json, Settings, in_worker, ratios, request_of, run, say, shown, spread, table_of
+from measure import Command, Json, Settings, in_worker, ratios, request_of, run, say, shown, spread, table_of
 
 SIDES: dict[str, Json] = {"synchronous": {}, "asynchronous": {"max_lag": 2, "correction": "truncated"}}
 STEPS, REWARD, OVER = 24, 0.8, 3
