@@ -192,7 +192,7 @@ def play(engine: LocalEngine, rounds: list[list[tuple]], vocab: int) -> tuple[li
 def test_a_hit_changes_no_bit(kind: str, rounds: list[list[tuple]]) -> None:
     """Across the lengths at which attention takes rows in other pieces, for spans, thin and thick adapters and the base: whether
     somebody has asked something alike before does not show."""
-    vocab = 384 if kind == "nano" else VOCAB
+    vocab = 576 if kind == "nano" else VOCAB
     found, known = play(engine_of(kind), rounds, vocab)
     event("hits" if known else "no hit")
     wanted, none = play(no_cache(engine_of(kind)), rounds, vocab)

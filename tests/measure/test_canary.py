@@ -19,7 +19,7 @@ from veneer.measure.canary import LENGTH, canary_tokens, check_drawn, check_load
 from veneer.store.adapters import read_adapter, read_manifest, write_adapter
 from veneer.types import AttestationError, Checkpoint, LoraConfig, RunError, SamplingParams
 
-ROW = canary_tokens(384)
+ROW = canary_tokens(576)
 
 
 def engine_of(dtype: torch.dtype = torch.float32) -> LocalEngine:

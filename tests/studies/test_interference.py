@@ -44,7 +44,7 @@ def adapters(engine: LocalEngine) -> dict[str, Checkpoint]:
         rng = np.random.default_rng(1)
         weights = {k: a if "lora_A" in k else rng.normal(0, scale, a.shape).astype(np.float32) for k, a in fresh.weights.items()}
         engine.load_state(name, dataclasses.replace(fresh, weights=weights)).result()
-        made[name] = with_canary(engine, name, engine.save_state(name, "sampler").result(), canary_tokens(384))
+        made[name] = with_canary(engine, name, engine.save_state(name, "sampler").result(), canary_tokens(576))
         engine.remove_adapter(name)
     return made
 
@@ -111,7 +111,7 @@ def test_nothing_is_left_in_the_engine(matrix: Matrix, engine: LocalEngine) -> N
     """A study must not fill the engine that it was lent."""
     for arm in matrix.arms[1:]:
         with pytest.raises(AdapterError, match="there is no adapter"):
-            engine.sample(canary_tokens(384), arm, SamplingParams(max_tokens=1))
+            engine.sample(canary_tokens(576), arm, SamplingParams(max_tokens=1))
 
 
 def test_one_adapter_is_no_matrix(engine: LocalEngine, renderer: Renderer, adapters: dict[str, Checkpoint]) -> None:

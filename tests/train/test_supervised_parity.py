@@ -164,7 +164,7 @@ def test_metrics_by_hand() -> None:
     assert found["loss"] == pytest.approx((np.log1p(np.exp(-0.2)) + np.log1p(np.exp(0.2))) / 2)
 
 
-@pytest.mark.parametrize("k", [3, 384])
+@pytest.mark.parametrize("k", [3, 576])
 def test_soft_targets_are_torchs_cross_entropy(session: Session, tmp_path: Path, k: int) -> None:
     """Of the teacher's k likeliest tokens, renormalised; with the whole vocabulary it is kl_div and the teacher's entropy."""
     prompt = session.renderer.build_generation_prompt([{"role": "user", "content": "27+94+38=?"}])

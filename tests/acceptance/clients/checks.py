@@ -20,7 +20,7 @@ from tinker import types
 BASE = "Qwen/Qwen3-8B"
 """The bundled base under the name that the clients know."""
 OTHER_NAME = "Qwen/Qwen3.5-9B-Base"
-VOCABULARY, CONTEXT = 384, 2048
+VOCABULARY, CONTEXT = 576, 2048
 """Of the bundled base."""
 END = 330
 """Its <|im_end|>, the one end-of-sequence token."""

@@ -122,7 +122,7 @@ def test_sixteen_tokens_unless_said_otherwise(client: openai.OpenAI) -> None:
         ({"prompt": []}, "prompt", "it must be a text"),
         ({"prompt": [1, "a"]}, "prompt", "it must be a text"),
         ({"prompt": [[1], [2**40]]}, "prompt", "it must be a text"),
-        ({"prompt": [999]}, "", "from 0 to 383"),
+        ({"prompt": [999]}, "", "from 0 to 575"),
         ({"prompt": TEXT, "suffix": "x"}, "suffix", "does not act on it"),
         ({"prompt": TEXT, "best_of": 2}, "best_of", "does not act on it"),
         ({"prompt": TEXT, "logprobs": 50}, "logprobs", "less than or equal to 20"),
