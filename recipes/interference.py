@@ -8,39 +8,23 @@ Trains an adapter on sums, one on sorting and one on counting, as recipes/sums.t
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from pages import ROOT, machine, veneer, write_section
+
 TARGET, PICTURE = ROOT / "docs/results.md", ROOT / "docs/interference.svg"
-TITLE = "## Interference"
 BEHAVIOURS = {"sums": "arithmetic", "sorting": "sort", "counting": "count"}
 SCALES = (1.0, 0.5)
-
-
-def veneer(home: Path, *arguments: str) -> Any:
-    command = [sys.executable, "-m", "veneer", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"VENEER_HOME": str(home)}, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)} failed: {done.stdout}")
-    return json.loads(done.stdout)
 
 
 def section(runs: list[dict[str, Any]], matrices: list[tuple[dict[str, Any], str]], seconds: float) -> str:
     first = matrices[0][0]
     steps = ", ".join(f"{run['adapter']} {run['steps']}" for run in runs)
     lines = [
-        TITLE,
-        "",
         "Written by `make interference`. Three adapters of rank 1, each trained on one task of veneer-nano",
         f"(steps: {steps}), alone and stacked in pairs, on the {first['problems']} held-out problems of every",
         "task: the same problems and the same draws for all arms.",
@@ -52,8 +36,7 @@ def section(runs: list[dict[str, Any]], matrices: list[tuple[dict[str, Any], str
         what = "The whole of both" if document["scale"] == 1 else f"Each with scale {document['scale']:g}"
         picture = ["![the first matrix as a picture](interference.svg)", ""] if document is first else []
         lines += [f"{what} in a stack:", "", table, *picture]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {datetime.date.today().isoformat()}"
-    return "\n".join([*lines, f"{machine}, {seconds:.0f} seconds."]) + "\n"
+    return "\n".join([*lines, f"{machine()}, {seconds:.0f} seconds."])
 
 
 def main() -> None:
@@ -68,10 +51,7 @@ def main() -> None:
             matrices.append((document, (Path(document["folder"]) / "matrix.md").read_text()))
             if scale == SCALES[0]:
                 shutil.copyfile(Path(document["folder"]) / "matrix.svg", PICTURE)
-    before, _, behind = TARGET.read_text().partition(f"\n{TITLE}\n")
-    after = behind.partition("\n## ")[2]
-    text = before.rstrip() + "\n\n" + section(runs, matrices, time.perf_counter() - clock)
-    TARGET.write_text(text + (f"\n## {after}" if after else ""))
+    write_section(TARGET, "## Interference", section(runs, matrices, time.perf_counter() - clock))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from pathlib import Path
 
+from pages import ROOT, rate
 from veneer.engine import LoraEngine, load_base, set_threads
 from veneer.envs import load_env
 from veneer.envs.calculator import CALCULATOR
@@ -23,7 +23,7 @@ from veneer.train.evaluate import Evaluation, evaluate
 from veneer.train.rollouts import Policy, closing, do_rollouts
 from veneer.types import Message, SamplingParams
 
-NANO = Path(__file__).parents[1] / "src/veneer/assets/nano"
+NANO = ROOT / "src/veneer/assets/nano"
 EXAMPLES = {"arithmetic": "`27+94+38=?`", "sort": "`sort 739562`", "reverse": "`reverse 739562`", "count": "`count 3 in 7313390`"}
 EXAMPLES |= {"calculator": "`47*86=?` with a calculator in Qwen3's tool format"}
 EXAMPLES |= {
@@ -66,12 +66,8 @@ def card(
     for name, result in rates.items():
         first_actions = [t.transitions[0].action for t in result.trajectories if t.transitions]
         careful = sum(bool(action.get("reasoning_content")) for action in first_actions) / len(first_actions)
-        score = (
-            result.solved
-            if name != "shop"
-            else f"mean reward {result.reward.value:.3f} [{result.reward.low:.3f}, {result.reward.high:.3f}]"
-        )
-        lines.append(f"| `{name}` | {EXAMPLES[name]} | {score} | {careful:.2f} |")
+        kind = "" if result.reward.value == result.solved.value else "mean reward "
+        lines.append(f"| `{name}` | {EXAMPLES[name]} | {kind}{rate(vars(result.reward))} | {careful:.2f} |")
     slips = rates["arithmetic"].means["env/self_corrected"]
     lines += [
         "",
@@ -86,7 +82,7 @@ def card(
     return "\n".join(lines)
 
 
-async def rate(policy: Policy, name: str, problems: int) -> Evaluation:
+async def score(policy: Policy, name: str, problems: int) -> Evaluation:
     async with closing(load_env(name)) as dataset:
         return await evaluate(policy, dataset, problems, seed=0)
 
@@ -101,7 +97,7 @@ def main() -> None:
     policy = Policy(LoraEngine(base), load_renderer("nano"), None, SamplingParams(max_tokens=96))
     rates = {}
     for name in EXAMPLES:
-        rates[name] = asyncio.run(rate(policy, name, args.problems if name != "shop" else min(args.problems, 256)))
+        rates[name] = asyncio.run(score(policy, name, args.problems if name != "shop" else min(args.problems, 256)))
         print(name, rates[name].solved, flush=True)
     groups = asyncio.run(do_rollouts(policy, load_env("arithmetic"), "eval", range(args.problems_64), 64, seed=1))
     solved = wilson(sum(max(group.rewards_G) >= 1 for group in groups), len(groups))

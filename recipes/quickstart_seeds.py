@@ -8,17 +8,16 @@ Each seed is `veneer quickstart --json` in a process and a home of its own; the 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).parents[1] / "docs/results.md"
+from pages import ROOT, machine, rate
+
+TARGET = ROOT / "docs/results.md"
 
 
 def quickstart(seed: int) -> dict[str, Any]:
@@ -31,10 +30,6 @@ def quickstart(seed: int) -> dict[str, Any]:
         if status:
             sys.exit(f"seed {seed} failed: {document}")
         return document | {"seed": seed, "peak_mb": usage.ru_maxrss / 1024}
-
-
-def rate(r: dict[str, float]) -> str:
-    return f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
 
 
 def page(runs: list[dict[str, Any]]) -> str:
@@ -60,7 +55,7 @@ def page(runs: list[dict[str, Any]]) -> str:
         "",
         f"Intervals before and after are disjoint for {disjoint} of {len(runs)} seeds; the lowest score after is "
         f"{min(r['reward_after']['value'] for r in runs):.3f}, the highest before {max(r['reward_before']['value'] for r in runs):.3f}.",
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {datetime.date.today().isoformat()}.",
+        f"{machine()}.",
         "",
     ]
     return "\n".join(lines)

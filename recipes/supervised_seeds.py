@@ -8,32 +8,13 @@ Each run is `veneer train recipes/NAME.toml --json` in a process and a home of i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-TARGET = ROOT / "docs/supervised.md"
-HEADING = "## Measured\n"
+from pages import ROOT, machine, rate, veneer, write_section
+
 RECIPES = ("sft", "dpo", "rejection", "distill", "prompt_distillation", "sft_then_rl")
-
-
-def veneer(home: str, *arguments: object) -> Any:
-    command = [sys.executable, "-m", "veneer", *map(str, arguments), "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"VENEER_HOME": home}, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed: {done.stdout}")
-    return json.loads(done.stdout)
-
-
-def rate(r: dict[str, float], form: str = ".3f") -> str:
-    return f"{r['value']:{form}} [{r['low']:{form}}, {r['high']:{form}}]"
 
 
 def measure(recipe: str, seed: int) -> dict[str, Any]:
@@ -59,7 +40,6 @@ def measure(recipe: str, seed: int) -> dict[str, Any]:
 
 def section(found: list[dict[str, Any]]) -> str:
     lines = [
-        HEADING,
         "Written by `python recipes/supervised_seeds.py`: shares of 256 held-out sums that are solved, by the base and by the adapter,",
         "with 95% Wilson intervals. The seed fixes the adapter's start, the order of the rows, the training problems and every draw.",
         "",
@@ -67,9 +47,7 @@ def section(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
         *(run["row"] for run in found),
         "",
-        f"Intervals before and after are disjoint in {sum(run['disjoint'] for run in found)} of {len(found)} runs. {platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, {datetime.date.today()}.",
-        "",
+        f"Intervals before and after are disjoint in {sum(run['disjoint'] for run in found)} of {len(found)} runs. {machine()}.",
     ]
     return "\n".join(lines)
 
@@ -79,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     found = [measure(recipe, seed) for recipe in RECIPES for seed in seeds]
-    TARGET.write_text(TARGET.read_text().partition(HEADING)[0] + section(found))
+    write_section(ROOT / "docs/supervised.md", "## Measured", section(found))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Result, Veneer, forking_veneer, small_run
 
+from processes import Result, Veneer, forking_veneer, small_run
 from veneer.store.registry import Registry
 
 pytestmark = pytest.mark.xdist_group("cli")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Veneer, forking_veneer
 
+from processes import Veneer, forking_veneer
 from veneer.envs import ENVIRONMENTS
 from veneer.envs.gym_tasks import DATASETS
 from veneer.render import load_renderer

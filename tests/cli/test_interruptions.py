@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from processes import Veneer, evidence, forking_veneer, leftovers, plain, small_run, until
 
 pytestmark = pytest.mark.xdist_group("cli")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Veneer, forking_veneer, leftovers, until
 
+from processes import Veneer, forking_veneer, leftovers, until
 from veneer.store.registry import Registry
 
 pytestmark = pytest.mark.xdist_group("cli")

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from processes import Veneer, forking_veneer, leftovers
 
+from processes import Veneer, forking_veneer, leftovers
 from veneer.engine import LoraEngine, load_base
 from veneer.measure.canary import ask_trained, canary_tokens, with_canary
 from veneer.render import load_renderer

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import Result, Veneer, forking_veneer, small_run
 from safetensors.numpy import load_file, save_file
 
+from processes import Result, Veneer, forking_veneer, small_run
 from veneer.assets import NANO_FOLDER
 from veneer.cli.main import VERBS
 from veneer.store.registry import Registry
@@ -95,6 +95,8 @@ def test_train_json(trained: tuple[Path, Result]) -> None:
     assert (d["kind"], d["steps"], d["episodes"], d["stopped"], d["adapter"]) == ("rl", 6, 48, None, "small@1")
     assert d["base_digest_before"] == d["base_digest_after"]
     assert d["reward_after"]["low"] <= d["reward_after"]["value"] <= d["reward_after"]["high"]
+    last = json.loads((home / "runs/small/metrics.jsonl").read_text().splitlines()[-1])
+    assert d["reward_after"]["value"] == last["eval/reward"] > last["eval/solved"], "parts of a reward count in the score"
     assert d["trainable_parameters"] * 4 == d["adapter_bytes"]
     run = home / "runs" / "small"
     assert d["run_folder"] == str(run)

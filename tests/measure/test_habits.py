@@ -58,7 +58,10 @@ def test_changes_are_told_by_arithmetic(steps: list[tuple[int, int, int]]) -> No
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="0123456789+-*/(). =no,wait\n", max_size=200))
 def test_nothing_that_a_policy_writes_breaks_it(text: str) -> None:
-    find_habits([text])
+    """And no more is found than there are equations and words."""
+    found = find_habits([text])
+    assert 0 <= found.incorrect_to_correct + found.correct_to_incorrect + found.still_incorrect < max(text.count("="), 1)
+    assert 0 <= found.verifications + found.backtracks <= len(text)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.measure.bits import reward_bits
-from veneer.measure.intervals import wilson
+from veneer.measure.intervals import mean_interval, reward_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,29 @@ def test_wilson_covers_in_simulation() -> None:
         rate = wilson(sum(rng.random() < p for _ in range(50)), 50)
         hits += rate.low <= p <= rate.high
     assert abs(hits / 2000 - 0.95) < 0.02
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=300))
+def test_the_interval_of_pass_or_fail_is_wilsons(rewards: list[float]) -> None:
+    """One score for all environments, without losing the better interval where it is known."""
+    score, share = reward_interval(rewards), wilson(int(sum(rewards)), len(rewards))
+    assert (score.value, score.low, score.high) == (share.value, share.low, share.high)
+
+
+def test_the_interval_of_parts_covers_in_simulation() -> None:
+    """64 episodes of a policy that mostly earns nothing, as an untrained one in a shop does."""
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        rewards = [rng.uniform(0.5, 1) if rng.random() < 0.25 else 0.0 for _ in range(64)]
+        score = reward_interval(rewards)
+        hits += score.low <= 0.25 * 0.75 <= score.high
+    assert abs(hits / 2000 - 0.95) < 0.02
+
+
+def test_a_single_part_tells_nothing() -> None:
+    assert vars(reward_interval([0.25])) == {"value": 0.25, "low": 0.0, "high": 1.0}
+    assert reward_interval([0.25, 0.5]) == mean_interval([0.25, 0.5])
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

@@ -112,7 +112,7 @@ def closed(connection: socket.socket, seconds: float = 5.0) -> bool:
     except TimeoutError:
         return False
     except ConnectionError:
-        pass
+        pass  # hung up with a reset
     return True
 
 
@@ -152,7 +152,7 @@ def test_a_head_without_end(server: Server, more: bytes) -> None:
                 sent += connection.send(more * 1000)
             answer = connection.recv(1000)
         except ConnectionError:
-            pass
+            pass  # hung up on while it talks
     assert sent < 2**22
     assert answer[:13] in (b"", b"HTTP/1.1 431 ")
 

@@ -144,8 +144,7 @@ def test_every_environment_that_comes_along_is_played_and_scored(name: str) -> N
     result = asyncio.run(score())
     assert result.means["failed"] == 0, [t.error for t in result.trajectories]
     assert result.solved.trials == 6
-    assert result.reward is not None
-    assert result.reward.value == result.means["reward"]
+    assert result.reward.low <= result.means["reward"] <= result.reward.high
 
 
 @pytest.mark.parametrize(

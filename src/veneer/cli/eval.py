@@ -60,17 +60,21 @@ def command(
 
     result = asyncio.run(played())
     check_failures([result.group()], settings.max_failed_share)
-    rate = dataclasses.asdict(result.solved) | {"value": result.solved.value}
+    solved = dataclasses.asdict(result.solved) | {"value": result.solved.value}
+    score = dataclasses.asdict(result.reward) | {"trials": result.solved.trials}
     if adapter is not None and not is_path(adapter):
-        Registry().add_score(adapter, score_of(dataset.name, rate, seed, {"args": settings.args, "max_tokens": max_tokens}))
-    document = {"env": dataset.name, "base": machine.engine.base_id, "adapter": adapter, "solved": rate, "means": result.means}
-    if result.reward is not None:
-        document["reward"] = dataclasses.asdict(result.reward) | {"trials": rate["trials"]}
+        Registry().add_score(adapter, score_of(dataset.name, score, seed, {"args": settings.args, "max_tokens": max_tokens}))
+    document = {
+        "env": dataset.name,
+        "base": machine.engine.base_id,
+        "adapter": adapter,
+        "reward": score,
+        "solved": solved,
+        "means": result.means,
+    }
 
     def human() -> None:
-        print(f"{dataset.name}: solved {format_rate(rate)} of {rate['trials']} held-out problems")
-        if result.reward is not None and result.reward.value != rate["value"]:
-            print(f"{dataset.name}: mean reward {format_rate(dataclasses.asdict(result.reward))}")
+        print(f"{dataset.name}: reward {format_rate(score)} on {score['trials']} held-out problems, solved {format_rate(solved)}")
         for key, value in sorted(result.means.items()):
             print(f"  {key:<16} {value:.3f}")
 

@@ -62,7 +62,7 @@ async def run_distill(session: Session, dataset: EnvDataset | None, teacher: Tea
     metrics = session.run.metrics()
     summary = {"kind": "distill", **dataclasses.asdict(result)}
     if not isinstance(dataset, Questions):
-        summary |= {"env": dataset.name, "reward_teacher": _solved(metrics[0], "teacher/eval"), **_scored(metrics)}
+        summary |= {"env": dataset.name, "reward_teacher": _interval(metrics[0], "teacher/eval/reward", "teacher/eval"), **_scored(metrics)}
     measured = [m for m in metrics if "eval/kl/episode" in m]
     for name, m in (("before", measured[0]), ("after", measured[-1])) if measured else ():
         summary[f"kl_{name}"] = _interval(m, "eval/kl/episode", "eval")
@@ -73,21 +73,15 @@ LOOPS: dict[str, Loop] = {"rl": run_rl, "sft": run_sft, "dpo": run_dpo, "rejecti
 
 
 def _scored(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share solved and the mean reward on held-out problems before and after, with intervals, and shares of some behaviours."""
+    """The held-out score before and after, with its interval, and shares of some behaviours."""
     evaluations = [m for m in metrics if "eval/solved" in m]
     summary: dict[str, Any] = {}
     for name, m in (("before", evaluations[0]), ("after", evaluations[-1])):
-        summary[f"reward_{name}"] = _solved(m, "eval")
-        if "eval/reward_low" in m:
-            summary[f"mean_reward_{name}"] = _interval(m, "eval/reward", "eval")
+        summary[f"reward_{name}"] = _interval(m, "eval/reward", "eval")
         for share in ("stepwise", "self_corrected", "thought", "called"):
             if f"eval/env/{share}" in m:
                 summary[f"{share}_{name}"] = m[f"eval/env/{share}"]
     return summary
-
-
-def _solved(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return _interval(metrics, f"{prefix}/solved", prefix)
 
 
 def _interval(metrics: Mapping[str, Any], key: str, prefix: str) -> dict[str, Any]:

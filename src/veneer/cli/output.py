@@ -70,19 +70,19 @@ def progress(total: int) -> Generator[Callable[[Mapping[str, Any]], None], None,
 
             def show(metrics: Mapping[str, Any]) -> None:
                 bar.update(task, completed=metrics["step"], text=_line(metrics))
-                if "eval/solved" in metrics:
+                if "eval/reward" in metrics:
                     bar.console.print(f"step {metrics['step']:>4}  held out {_held_out(metrics)}")
 
             yield show
 
 
 def _held_out(metrics: Mapping[str, Any]) -> str:
-    return f"{metrics['eval/solved']:.3f} [{metrics['eval/solved_low']:.3f}, {metrics['eval/solved_high']:.3f}]"
+    return f"{metrics['eval/reward']:.3f} [{metrics['eval/reward_low']:.3f}, {metrics['eval/reward_high']:.3f}]"
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
     parts = [f"step {metrics['step']}"]
     parts += [f"{text} {metrics[key]:{form}}" for key, text, form in SHOWN if key in metrics]
-    if "eval/solved" in metrics:
+    if "eval/reward" in metrics:
         parts.append(f"held out {_held_out(metrics)}")
     return "  ".join(parts)

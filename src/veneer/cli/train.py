@@ -52,8 +52,6 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def _show(summary: Mapping[str, Any]) -> None:
     if "reward_before" in summary:
         print(f"held out: {format_rate(summary['reward_before'])} before, {format_rate(summary['reward_after'])} after")
-    if _gives_parts(summary):
-        print(f"held-out reward: {format_rate(summary['mean_reward_before'])} before, {format_rate(summary['mean_reward_after'])} after")
     if "reward_teacher" in summary:
         print(f"the teacher: {format_rate(summary['reward_teacher'])}")
     if "nll_before" in summary:
@@ -67,9 +65,3 @@ def _show(summary: Mapping[str, Any]) -> None:
     digest = summary["base_digest_after"][:16]
     print(f"adapter {summary['adapter']}, {summary['trainable_parameters']:,} parameters; base unchanged: {digest}")
     print(f"report: {summary['run_folder']}/report.html")
-
-
-def _gives_parts(summary: Mapping[str, Any]) -> bool:
-    """Whether some episode earned a part of 1, so that the mean reward is not the share solved."""
-    kept = [end for end in ("before", "after") if f"mean_reward_{end}" in summary]
-    return any(summary[f"mean_reward_{end}"]["value"] != summary[f"reward_{end}"]["value"] for end in kept)

@@ -55,6 +55,21 @@ def mean_interval(values: Sequence[float] | NDArray[np.float64], z: float = Z95)
     return Mean(mean, mean - half, mean + half)
 
 
+def reward_interval(rewards: Sequence[float]) -> Mean:
+    """The mean of held-out rewards: by Wilson where each is 0 or 1, a share then, and else by the normal distribution. A single reward
+    between them tells no more than that the mean may be anything from 0 to 1.
+
+    Raises:
+        ValueError: no rewards.
+    """
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        share = wilson(int(sum(rewards)), len(rewards))
+        return Mean(share.value, share.low, share.high)
+    if len(rewards) == 1:
+        return Mean(rewards[0], min(0.0, rewards[0]), max(1.0, rewards[0]))
+    return mean_interval(rewards)
+
+
 def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = Z95) -> Mean:
     """Of two shares over the same trials, after - before: Wald's interval with half a pair added to each cell of the two by two table,
     which keeps its promise in small samples too (Agresti & Min 2005, https://doi.org/10.1002/sim.1781).

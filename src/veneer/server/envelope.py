@@ -48,7 +48,7 @@ class Envelope:
         except VeneerError as error:
             await exchange.conclude(error, self.answers.error(scope, error))
         except ClientDisconnect:
-            pass
+            pass  # nobody is left to be told
         except Exception as error:
             LOG.exception("request %s failed", exchange.id)
             await exchange.conclude(error, self.answers.text(scope, 500, UNKNOWN))

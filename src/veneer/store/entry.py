@@ -25,7 +25,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of solved problems, as it was measured, with its 95% interval."""
+    """A mean reward on held-out problems, as it was measured, with its 95% interval; of pass or fail it is the share solved."""
 
     env: str
     value: float

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.measure.habits import habit_metrics
-from veneer.measure.intervals import Mean, Rate, mean_interval, wilson
+from veneer.measure.intervals import Mean, Rate, reward_interval, wilson
 from veneer.train.rollouts import Policy, derive_seed, do_rollouts
 from veneer.types import EnvDataset, Finite, Trajectory, TrajectoryGroup
 
@@ -16,8 +16,8 @@ class Evaluation:
     """``solved`` counts episodes with a reward of 1 or more; a failed episode is not solved."""
 
     solved: Rate
-    reward: Mean | None
-    """The mean reward, for environments that give parts of 1; None with a single problem, which has no interval."""
+    reward: Mean
+    """The score: where every reward is 0 or 1 it is the share solved, and has its interval."""
     means: dict[str, float]
     """``reward``, ``tokens`` and ``failed``, the environment's own metrics under ``env/``, and what the policy does about its own work
     under ``habits/``."""
@@ -26,8 +26,7 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Flat, for metrics.jsonl."""
         rate = {"eval/solved": self.solved.value, "eval/solved_low": self.solved.low, "eval/solved_high": self.solved.high}
-        if self.reward is not None:
-            rate |= {"eval/reward_low": self.reward.low, "eval/reward_high": self.reward.high}
+        rate |= {"eval/reward_low": self.reward.low, "eval/reward_high": self.reward.high}
         return rate | {"eval/problems": self.solved.trials} | {f"eval/{name}": value for name, value in self.means.items()}
 
     def group(self) -> TrajectoryGroup:
@@ -44,9 +43,9 @@ async def evaluate(policy: Policy, dataset: EnvDataset, problems: int, seed: int
     names = sorted({name for t in trajectories for name in t.metrics})
     means = {f"env/{name}": sum(t.metrics.get(name, 0.0) for t in trajectories) / problems for name in names}
     rewards = [t.reward for t in trajectories]
-    means["reward"] = sum(rewards) / problems
+    score = reward_interval(rewards)
+    means["reward"] = score.value
     means["tokens"] = sum(len(turn.sample.tokens) for t in trajectories for turn in t.transitions) / problems
     means["failed"] = float(sum(t.error is not None for t in trajectories))
     means |= habit_metrics(trajectories)
-    mean = mean_interval(rewards) if problems > 1 else None
-    return Evaluation(wilson(sum(reward >= 1.0 for reward in rewards), problems), mean, means, trajectories)
+    return Evaluation(wilson(sum(reward >= 1.0 for reward in rewards), problems), score, means, trajectories)

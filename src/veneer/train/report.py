@@ -49,16 +49,11 @@ def _series(metrics: Records, key: str) -> tuple[list[int], list[float]]:
 
 def _reward(axes: Axes, metrics: Records) -> None:
     axes.plot(*_series(metrics, "reward/total"), color="#9ab", linewidth=1, label="training batches")
-    steps, low = _series(metrics, "eval/solved_low")
-    axes.fill_between(steps, low, _series(metrics, "eval/solved_high")[1], color="#06c", alpha=0.2, linewidth=0)
-    axes.plot(*_series(metrics, "eval/solved"), color="#06c", marker="o", markersize=3, label="held out: solved, 95%")
-    steps, rewards = _series(metrics, "eval/reward")
-    if rewards != _series(metrics, "eval/solved")[1]:  # the environment gives parts of 1
-        ends = [_series(metrics, f"eval/reward_{end}") for end in ("low", "high")]
-        axes.fill_between(ends[0][0], ends[0][1], ends[1][1], color="#c60", alpha=0.2, linewidth=0)
-        axes.plot(steps, rewards, color="#c60", marker="o", markersize=3, label="mean reward, 95%")
+    steps, low = _series(metrics, "eval/reward_low")
+    axes.fill_between(steps, low, _series(metrics, "eval/reward_high")[1], color="#06c", alpha=0.2, linewidth=0)
+    axes.plot(*_series(metrics, "eval/reward"), color="#06c", marker="o", markersize=3, label="held out, 95%")
     axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=7)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def _entropy(axes: Axes, metrics: Records) -> None:
@@ -125,7 +120,7 @@ def _distance(axes: Axes, metrics: Records) -> None:
 
 
 FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
-    ("Reward", "Share of held-out episodes with full reward, and where parts of it are given the mean.", _reward, "eval/solved"),
+    ("Reward", "The mean over episodes; where each passes or fails it is the share that passed.", _reward, "eval/reward"),
     ("Useful groups", "A group whose members all got the same reward teaches nothing and is dropped.", _groups, "by_group/frac_mixed"),
     ("Bits received", "Entropy of the rewards in each group: an estimate of the most that the run could learn.", _bits, "bits"),
     ("Entropy", "Of the sampled tokens: how much exploration is left.", _entropy, "optim/entropy"),

@@ -31,6 +31,7 @@ def test_the_runs_on_the_page_are_configurations() -> None:
     """Every key is one, and every argument is taken by its environment."""
     for text, factory in zip(blocks("toml"), (verifiers, openenv), strict=True):
         config = make_config(tomllib.loads(text))
+        assert config.env.name.startswith(f"{factory.__name__}:")
         inspect.signature(factory).bind("identity", **config.env.args)
 
 

@@ -79,7 +79,7 @@ async def session(socket: WebSocket) -> None:
                 turn += 1
                 await socket.send_text(json.dumps(await step(message["data"], turn)))
     except WebSocketDisconnect:
-        pass
+        pass  # an episode ends so
     finally:
         running -= 1
 

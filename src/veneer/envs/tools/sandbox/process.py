@@ -231,7 +231,7 @@ def _resident(pid: int) -> int:
 def _files(pid: int) -> int:
     """Files in the sandbox's /tmp; 0 where there is no sandbox, or none to be seen."""
     with contextlib.suppress(OSError):
-        inside, outside = os.statvfs(f"/proc/{pid}/root/tmp"), os.statvfs("/tmp")
+        inside, outside = os.statvfs(f"/proc/{pid}/root/tmp"), os.statvfs("/proc/self/root/tmp")
         return inside.f_files - inside.f_ffree if inside.f_fsid != outside.f_fsid else 0
     return 0
 
