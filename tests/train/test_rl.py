@@ -26,7 +26,7 @@ def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def test_reward_rises(tmp_path: Path) -> None:
     """The point of it all: rank 1, a reward that anything can learn, a clear rise; and what it writes down."""
-    settings = {"steps": 12, "groups_per_batch": 4, "group_size": 8, "learning_rate": 4e-3}
+    settings = {"steps": 12, "groups_per_batch": 4, "group_size": 8, "learning_rate": 1.5e-3}
     session = open_session(config_of(tmp_path, rl=settings, eval={"problems": 16}), tmp_path / "run")
     result = run_session(session)
     metrics = session.run.metrics()
