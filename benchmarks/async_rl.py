@@ -10,8 +10,10 @@ counted from the first step on. A round is a seed, and runs both sides in proces
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ from measure import Command, Json, Settings, in_worker, ratios, request_of, run,
 
 SIDES: dict[str, Json] = {"synchronous": {}, "asynchronous": {"max_lag": 2, "correction": "truncated"}}
 STEPS, REWARD, OVER = 24, 0.8, 3
-"""Steps of a run; the reward to be reached, as a mean over so many steps."""
+"""Steps of a run at most; the reward to be reached, as a mean over so many steps."""
 LATENCY = 0.5
 """Seconds."""
 
 
+class Reached(Exception):
+    """There is nothing more to be measured."""
+
+
 def work(request: Json) -> Json:
-    """One run: its rewards, the seconds at which its steps ended, and how far behind its samples were."""
+    """One run up to the reward: its rewards, the seconds at which its steps ended, and how far behind its samples were."""
     import asyncio
     import tempfile
 
@@ -45,20 +51,29 @@ def work(request: Json) -> Json:
     tree: Json = {"name": "waiting", "lora": {"rank": 1}, "env": env, "rl": settings, "eval": evaluation, "seed": request["seed"]}
     config = make_config(tree | {"checkpoint_every": 10**6})
     ends: list[float] = []
+    rewards: list[float] = []
+
+    def note(metrics: Mapping[str, Any]) -> None:
+        ends.append(time.perf_counter())
+        rewards.extend([metrics["reward/total"]] if metrics["step"] else [])
+        if reached(rewards):
+            raise Reached
+
     with tempfile.TemporaryDirectory() as folder:
         engine = LoraEngine(load_base("nano", "cpu"), patience=600, threads=request["threads"])
         run_folder = Run(Path(folder) / "run", config.to_toml())
-        session = Session(engine, load_renderer("nano"), config, run_folder, on_step=lambda metrics: ends.append(time.perf_counter()))
+        session = Session(engine, load_renderer("nano"), config, run_folder, on_step=note)
 
         async def trained() -> None:
             async with closing(load_env(config.env.name, config.env.args)) as website:
                 await rl.train(session, website)
 
-        asyncio.run(trained())
+        with contextlib.suppress(Reached):
+            asyncio.run(trained())
         metrics = run_folder.metrics()[1:]
         run_folder.close()
     return {
-        "rewards": [m["reward/total"] for m in metrics],
+        "rewards": rewards,
         "seconds": [end - ends[0] for end in ends[1:]],
         "lag": statistics.fmean(m.get("lag/mean", 0.0) for m in metrics),
     }
@@ -70,13 +85,13 @@ def reached(rewards: list[float]) -> int | None:
 
 
 def measure(settings: Settings) -> Json:
-    steps = 6 if settings.quick else STEPS
+    steps = 4 if settings.quick else STEPS
     found: dict[str, list[Json]] = {side: [] for side in SIDES}
     for seed in range(settings.rounds):
         for side in list(SIDES)[:: 1 if seed % 2 else -1]:
             raw = in_worker(__file__, request_of(settings, steps=steps, seed=seed, rl=SIDES[side]))
             at = reached(raw["rewards"])
-            raw |= {"steps": at, "to_reward": raw["seconds"][at - 1] if at else None, "step": raw["seconds"][-1] / steps}
+            raw |= {"steps": at, "to_reward": raw["seconds"][at - 1] if at else None, "step": raw["seconds"][-1] / len(raw["seconds"])}
             found[side].append(raw)
             say(f"{settings.threads} thread(s), seed {seed}: {side} reaches {REWARD} after {at} steps, {raw['to_reward'] or 0:.1f} s")
     result: Json = {}
@@ -111,4 +126,4 @@ def table(result: Json) -> list[str]:
 
 if __name__ == "__main__":
     doc: Any = __doc__
-    run(Command(__file__, "sampling while training", doc, measure, work, table, rounds=3, threads=(1,), packages=("torch",)))
+    run(Command(__file__, "sampling while training", doc, measure, work, table, rounds=10, threads=(1,), packages=("torch",)))
