@@ -194,5 +194,17 @@ def evidence(home: Path, name: str = "small") -> dict[str, bytes]:
     return found
 
 
+def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
+    """A line for each file that is not the same in both, with the place of the first difference."""
+    told = [f"{name} is missing on one side" for name in sorted(found.keys() ^ expected.keys())]
+    for name in sorted(found.keys() & expected.keys()):
+        one, other = found[name], expected[name]
+        if one != other:
+            at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+            here = slice(max(0, at - 60), at + 40)
+            told.append(f"{name} at byte {at} of {len(one)}: {one[here]!r} is not {other[here]!r}")
+    return told
+
+
 def leftovers(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name not in (".lock",))

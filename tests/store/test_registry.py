@@ -24,6 +24,7 @@ from veneer.store.adapters import read_adapter, read_manifest
 from veneer.store.entry import Entry, Score, check_compatible
 from veneer.store.index import LABELS, METADATA
 from veneer.store.registry import Registry, as_parent
+from veneer.store.reindex import reindex
 from veneer.types import AdapterError, ConfigError, StorageError
 
 MADE = {"tokenizer_digest": "t" * 64, "template_digest": "m" * 64}
@@ -393,8 +394,49 @@ def test_two_puts_never_take_one_number(registry: Registry) -> None:
             assert registry.read(f"x@{number}")[1].digest == make(float(value)).adapter.digest
     same_weights = {output.strip() for output in at_once(PUT, *[["0.9"]] * 4)}
     assert len(same_weights) == 1
-    assert len(registry.versions("x")) == 21
+    assert registry.versions("x") == list(range(1, 22))
+    assert registry.put("x", make(0.8), {}) == 22, "no number was lost"
+    registry.forget("x@22")
     assert len(list(registry.objects.iterdir())) == 21
+
+
+def killed_at(line: int, home: Path) -> bool:
+    """Put x in a process that is killed before that many lines of the store have run. Returns whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        left = line
+
+        def count(frame: Any, event: str, _: object) -> Any:
+            nonlocal left
+            if "veneer/store/" not in frame.f_code.co_filename:
+                return None
+            left -= event == "line"
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return count
+
+        sys.settrace(count)
+        Registry(home).put("x", make(0.3), {**MADE, "scores": [dataclasses.asdict(Score("sort", 0.5, 0.4, 0.6, 9, 3, str(line)))]})
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_put_that_is_killed_at_any_line(tmp_path: Path) -> None:
+    """The same again has the number that the first would have had, whatever was scored meanwhile, and forgetting finds every copy."""
+    lines, moments = 0, set[tuple[int, int]]()
+    while killed_at(lines := lines + 7, home := tmp_path / str(lines)):
+        registry = Registry(home)
+        known, folders = len(registry.entries()), len([*registry.objects.glob("[!.]*")])
+        moments.add((known, folders))
+        assert registry.put("x", make(0.3), MADE) == 1
+        assert registry.versions("x") == [1]
+        assert same(registry.read("x@1")[0].weights, make(0.3).weights)
+        assert registry.put("x", make(0.4), MADE) == 2
+        assert reindex(registry).added == ()
+        registry.forget("x@1")
+        assert [*registry.objects.iterdir()] == [registry.resolve("x@2").folder]
+    assert lines > 100
+    assert moments - {(1, 1)} == {(0, 0), (0, 1)}, "nothing there, or only the folder; nobody was killed behind the last of it"
 
 
 MOVE = """

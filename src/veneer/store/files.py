@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,12 +51,40 @@ def aside_folder(parent: Path, stem: str) -> Generator[Path, None, None]:
     """A folder to fill, whose place is not known yet: ``settle`` gives it one. What is not settled is gone afterwards."""
     with storage_errors(parent / stem):
         parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{stem}-", dir=parent))
+        aside, lock = _locked_folder(parent, f"{ASIDE}{stem}-")
         try:
             os.chmod(aside, 0o755)
             yield aside
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new folder, and the handle whose lock says that its process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):  # taken for abandoned before it was locked
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks, where nothing is taken for abandoned either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.is_dir():
+                return folder, handle
+            os.close(handle)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Clear away what killed processes were writing in a folder that several share; what a living one writes is left alone."""
+    for folder in parent.glob(ASIDE + "*"):
+        with suppress(FileNotFoundError):  # its process has just finished
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:  # its process lives, or the file system has no locks
+                continue
+            finally:
+                os.close(handle)
 
 
 def settle(aside: Path, target: Path, *, durable: bool = True) -> None:
@@ -71,6 +100,19 @@ def settle(aside: Path, target: Path, *, durable: bool = True) -> None:
         aside.rename(target)
     if durable:
         sync(target.parent)
+
+
+def settle_once(aside: Path, target: Path) -> None:
+    """Give a filled folder a name that says what is in it, once all of it is on the disk. Whoever was first has put the very same files
+    there, which stay as they are."""
+    for path in aside.iterdir():
+        sync(path)
+    try:
+        aside.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidSignature
 
 from veneer.store.adapters import read_manifest
 from veneer.store.entry import Entry, now
-from veneer.store.files import ASIDE, storage_errors, write_text
+from veneer.store.files import remove_abandoned, storage_errors, write_text
 from veneer.store.signature import canonical, check_sealed, sign
 from veneer.types import AdapterError, RunError, in_one_line
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from veneer.store.registry import Registry
 
 Children = Literal["refuse", "forget", "keep"]
-FORGOTTEN = ASIDE + "forgotten-"
+FORGOTTEN = ".veneer-forgotten-"
 """Folders on their way out."""
 
 
@@ -67,7 +67,9 @@ def forget_all(registry: Registry, chosen: Sequence[Entry], reason: str, childre
     with ExitStack() as locks:
         for run in runs if with_runs else ():
             locks.enter_context(_alone(run))
-        asides = [_out_of_reach(registry, entry) for entry in entries]
+        remove_abandoned(registry.objects)
+        strays = _strays(registry, {(entry.name, entry.digest) for entry in entries})
+        asides = [_out_of_reach(registry, folder) for folder in [*(entry.folder for entry in entries), *strays]]
         for entry in entries:
             registry.index.remove(entry, reason, at)
         for folder in [*asides, *(runs if with_runs else ())]:
@@ -138,11 +140,19 @@ def _alone(run: Path) -> filelock.BaseFileLock:
         raise RunError(f"another process is working on {run}; nothing was forgotten. Wait for it, or stop it first") from error
 
 
-def _out_of_reach(registry: Registry, entry: Entry) -> Path:
-    aside = registry.objects / (FORGOTTEN + entry.folder.name)
-    with storage_errors(entry.folder):
-        if entry.folder.is_dir():
-            entry.folder.rename(aside)
+def _strays(registry: Registry, gone: set[tuple[str, str]]) -> list[Path]:
+    """Folders of these names and weights that no index entry means: a process was killed before it could enter them."""
+    known = {entry.folder for entry in registry.entries()}
+    unknown = [folder for folder in registry.objects.glob("*") if folder not in known and not folder.name.startswith(".")]
+    manifests = ((folder, read_manifest(folder)) for folder in unknown)
+    return sorted(folder for folder, manifest in manifests if (manifest.get("name"), manifest.get("digest")) in gone)
+
+
+def _out_of_reach(registry: Registry, folder: Path) -> Path:
+    aside = registry.objects / (FORGOTTEN + folder.name)
+    with storage_errors(folder):
+        if folder.is_dir():
+            folder.rename(aside)
     return aside
 
 

@@ -54,6 +54,14 @@ VERSIONS = sa.Table(
     sa.Column("signed_by", sa.String(80)),
     sa.UniqueConstraint("name", "identity", name="adapter_versions_identity"),
 )
+PROMISES = sa.Table(  # numbers on their way: who was killed while it put a version finds its number again
+    "adapter_promises",
+    METADATA,
+    sa.Column("name", NAME, primary_key=True),
+    sa.Column("identity", DIGEST, primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("created", MOMENT, nullable=False),
+)
 PARENTS = sa.Table(
     "adapter_parents",
     METADATA,
@@ -259,23 +267,32 @@ class Index:
         found = self.entries(VERSIONS.c.name == name, VERSIONS.c.identity == identity)
         return found[0].version if found else None
 
-    def next_version(self, name: str) -> int:
-        """Take the next number of a name; nobody else gets it."""
+    def promise(self, name: str, identity: str) -> tuple[int, str]:
+        """The number that a version of this identity has or will have, and when that was first said. Nobody else gets the number."""
+        key = {"name": name, "identity": identity}
         with self.changing(name) as connection:
+            for table in (VERSIONS, PROMISES):
+                said = connection.execute(sa.select(table.c.version, table.c.created).filter_by(**key)).first()
+                if said is not None:
+                    return said.version, said.created
             connection.execute(sa.update(NAMES).where(NAMES.c.name == name).values(newest=NAMES.c.newest + 1))
-            return connection.execute(sa.select(NAMES.c.newest).where(NAMES.c.name == name)).scalar_one()
+            version, created = connection.execute(sa.select(NAMES.c.newest).where(NAMES.c.name == name)).scalar_one(), now()
+            connection.execute(sa.insert(PROMISES).values(**key, version=version, created=created))
+            return version, created
 
-    def add(self, entry: Entry, identity: str) -> int:
-        """Enter a version with its parents and scores, and return its number: another one, if the same was entered meanwhile.
+    def add(self, entry: Entry, identity: str) -> tuple[int, str]:
+        """Enter a version with its parents and scores. Returns the number and the object that the index has for this identity: others,
+        if the same was entered meanwhile.
 
         Raises:
             AdapterError: other weights have the number.
         """
         with self.changing(entry.name) as connection:
             mine = VERSIONS.c.name == entry.name
-            same = connection.execute(sa.select(VERSIONS.c.version).where(mine, VERSIONS.c.identity == identity)).scalar()
+            connection.execute(sa.delete(PROMISES).where(PROMISES.c.name == entry.name, PROMISES.c.identity == identity))
+            same = connection.execute(sa.select(VERSIONS.c.version, VERSIONS.c.object).where(mine, VERSIONS.c.identity == identity)).first()
             if same is not None:
-                return same
+                return same.version, same.object
             if connection.execute(sa.select(VERSIONS.c.version).where(mine, VERSIONS.c.version == entry.version)).scalar() is not None:
                 raise AdapterError(f"there is another {entry.reference} already")
             own = {column.name: getattr(entry, column.name) for column in VERSIONS.c if column.name not in ("identity", "object")}
@@ -289,7 +306,7 @@ class Index:
                 connection.execute(_insert_score(entry, score))
             behind = sa.and_(NAMES.c.name == entry.name, NAMES.c.newest < entry.version)
             connection.execute(sa.update(NAMES).where(behind).values(newest=entry.version))
-            return entry.version
+            return entry.version, entry.folder.name
 
     def children(self, entry: Entry) -> list[Entry]:
         """Versions that were made from this one."""

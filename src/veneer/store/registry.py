@@ -31,8 +31,8 @@ from veneer.store.adapters import (
     read_manifest,
     write_adapter,
 )
-from veneer.store.entry import Ancestor, Entry, Parent, Score, Tombstone, now, parents_of, scores_of
-from veneer.store.files import ASIDE, aside_folder, settle, veneer_home
+from veneer.store.entry import Ancestor, Entry, Parent, Score, Tombstone, parents_of, scores_of
+from veneer.store.files import ASIDE, aside_folder, remove_abandoned, settle, settle_once, veneer_home
 from veneer.store.forget import Children, Receipt, forget_all
 from veneer.store.index import VERSIONS, Index, sqlite_url
 from veneer.store.signature import KeyRing, canonical, check_signature, content_key, hash_files, read_table, write_signature
@@ -165,9 +165,11 @@ class Registry:
         if known is not None:
             return known
         twin = next(iter(self.index.entries(VERSIONS.c.digest == checkpoint.adapter.digest)), None)
-        place = {"registry": {"version": self.index.next_version(name), "created": now()}}
+        version, created = self.index.promise(name, identity)
+        place = {"registry": {"version": version, "created": created}}
         adapter = dataclasses.replace(checkpoint.adapter, name=name)
         mine = dataclasses.replace(checkpoint, adapter=adapter, kind="sampler", optimizer={})
+        remove_abandoned(self.objects)
         with aside_folder(self.objects, name) as aside:
             fill_adapter(aside, mine, {**facts, **place})
             if twin is not None:
@@ -176,11 +178,11 @@ class Registry:
             if signed:
                 write_signature(aside, files, self.keys.signing_key())
             folder = self.objects / content_key(files)
-            settle(aside, folder)
+            settle_once(aside, folder)
         entry = self.entry_at(folder, read_manifest(folder), self.keys.own() if signed else None)
-        version = self.index.add(entry, identity)
-        if version != entry.version:  # another process put the same meanwhile
-            shutil.rmtree(folder)
+        version, key = self.index.add(entry, identity)
+        if key != folder.name:  # other processes put the same meanwhile
+            shutil.rmtree(folder, ignore_errors=True)  # two of them may clear away one folder
         return version
 
     def fork(self, reference: str, name: str) -> Entry:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from veneer.store.adapters import read_manifest
 from veneer.store.entry import Entry, Tombstone
-from veneer.store.files import ASIDE
+from veneer.store.files import ASIDE, remove_abandoned
 from veneer.store.forget import FORGOTTEN, read_receipt
 from veneer.store.registry import Registry, check_name, identity_of
 from veneer.store.signature import check_signature
@@ -37,6 +37,7 @@ def reindex(registry: Registry) -> Reindexed:
     buried = {(stone.reference, stone.digest) for _, stone in index.tombstones()}
     known = {entry.folder.name for entry in registry.entries()}
     added: list[str] = []
+    remove_abandoned(registry.objects)
     for folder in sorted(registry.objects.iterdir()) if registry.objects.is_dir() else ():
         if folder.name.startswith(FORGOTTEN):
             shutil.rmtree(folder)  # a process was stopped while it forgot
@@ -45,8 +46,9 @@ def reindex(registry: Registry) -> Reindexed:
                 entry = _checked(registry, folder)
                 if (entry.reference, entry.digest) in buried:
                     raise AdapterError(f"{entry.reference} was forgotten; delete this folder")
-                if index.add(entry, identity_of(read_manifest(folder))) != entry.version:
-                    raise AdapterError(f"the index has the weights of {entry.reference} as another version of {entry.name}")
+                version, key = index.add(entry, identity_of(read_manifest(folder)))
+                if key != folder.name:
+                    raise AdapterError(f"the index has the weights of {entry.reference} as {entry.name}@{version}; delete this folder")
                 added.append(entry.reference)
             except AdapterError as error:
                 left_out.append((str(folder), str(error)))
