@@ -10,11 +10,15 @@ preferences.jsonl  a careful, right answer over a careless, wrong one           
 two_manners.jsonl  careful where a system message says so, careless where not      recipes/prompt_distillation.toml
 questions.jsonl    sums and their answers                                          recipes/math.toml
 digits.jsonl       digits to sort, and in order                                    recipes/jsonl.toml
+functions.jsonl    one-line functions, with tests and a solution                  recipes/code.toml
+written.jsonl      others of them, written                                        recipes/code.toml
+chains.jsonl       reasoning-gym's chain_sum, step by step                        recipes/reasoning_gym.toml
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import random
@@ -25,6 +29,9 @@ from typing import Any
 from veneer.envs import arithmetic
 from veneer.envs.dataset import Problem, draw
 from veneer.envs.digits import generate_sort
+from veneer.envs.reasoning import reasoning_gym
+from veneer.train.rollouts import closing
+from veneer.types import EnvDataset
 
 TARGET = Path(__file__).parent / "data"
 TOLD = "step by step"
@@ -95,7 +102,71 @@ def digits() -> list[Row]:
     return [{"prompt": p.prompt, "solution": p.answer} for p in both_splits(generate_sort, "digits")]
 
 
-FILES = {"sums": sums, "preferences": preferences, "two_manners": two_manners, "questions": questions, "digits": digits}
+def played(dataset: EnvDataset, count: int) -> list[Row]:
+    """What a problem of training says, and its gold answer."""
+
+    async def row(index: int) -> Row:
+        env: Any = dataset.env("train", index)
+        return {"messages": [*(await env.initial_observation()).messages, env.gold()]}
+
+    async def rows() -> list[Row]:
+        async with closing(dataset):
+            return [await row(index) for index in range(count)]
+
+    return asyncio.run(rows())
+
+
+def one_line(rng: random.Random) -> Problem:
+    """Two steps of arithmetic in words, and the function that does them."""
+    words, body = [], "n"
+    for _ in range(2):
+        word, sign = rng.choice((("add", "+"), ("subtract", "-"), ("multiply by", "*")))
+        number = rng.randint(2, 99)
+        words.append(f"{word} {number}")
+        body = f"({body}) {sign} {number}" if " " in body and sign == "*" else f"{body} {sign} {number}"
+    return Problem(f"Write f(n): {words[0]}, {words[1]}.", f"def f(n):\n    return {body}")
+
+
+def functions() -> list[Row]:
+    rng, rows = random.Random("functions"), []
+    for problem in both_splits(one_line, "functions"):
+        namespace: dict[str, Any] = {}
+        exec(problem.answer, namespace)  # ours, from above
+        tests = [f"assert f({n}) == {namespace['f'](n)}" for n in rng.sample(range(-50, 150), 4)]
+        rows.append({"prompt": problem.prompt, "entry_point": "f", "tests": tests, "solution": problem.answer})
+    return rows
+
+
+def written() -> list[Row]:
+    drawn = [draw(one_line, "train", index, "recipes/written") for index in range(400)]
+    return [{"messages": [asked(p), {"role": "assistant", "content": p.answer}]} for p in drawn]
+
+
+def chains() -> list[Row]:
+    """With a line for every sign: 4 - 1 - 7 is 4-1=3 and 3-7=-4."""
+    rows = played(reasoning_gym("chain_sum", seed=1, min_terms=2, max_terms=4, min_digits=1, max_digits=1), 1000)
+    for row in rows:
+        question, answer = row["messages"]
+        first, *rest = question["content"].partition(": ")[2].removesuffix(" =").split(" ")
+        lines, total = [], int(first)
+        for sign, number in zip(rest[::2], rest[1::2], strict=True):
+            after = total + int(sign + number)
+            lines.append(f"{total}{sign}{number}={after}")
+            total = after
+        answer["reasoning_content"] = "\n".join(lines)
+    return rows
+
+
+FILES = {
+    "sums": sums,
+    "preferences": preferences,
+    "two_manners": two_manners,
+    "questions": questions,
+    "digits": digits,
+    "functions": functions,
+    "written": written,
+    "chains": chains,
+}
 
 
 def text(rows: list[Row]) -> str:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from processes import Veneer, forking_veneer
 from veneer.assets import NANO_FOLDER
 from veneer.envs.dataset import held_out
 
@@ -49,10 +55,10 @@ def test_the_recipes_data_are_what_their_script_writes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shipped = {path.name: path.read_bytes() for path in (ROOT / "recipes/data").iterdir()}
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == shipped
-    assert len(shipped) == 5
+    assert len(shipped) == 8
     for name, text in shipped.items():
         rows = [json.loads(line) for line in text.splitlines()]
-        if name in ("questions.jsonl", "digits.jsonl"):
+        if name in ("questions.jsonl", "digits.jsonl", "functions.jsonl"):
             texts = [row.get("question", row.get("prompt")) for row in rows]
             assert len(set(texts)) == len(texts) == 768
             assert sum(map(held_out, texts)) == 256
@@ -61,3 +67,27 @@ def test_the_recipes_data_are_what_their_script_writes(tmp_path: Path) -> None:
             questions = [m["content"] for m in row.get("messages", row.get("prompt")) if m["role"] == "user"]
             assert len(questions) == 1
             assert not held_out(questions[0])
+
+
+@pytest.fixture(scope="module")
+def veneer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Veneer]:
+    with forking_veneer(tmp_path_factory.mktemp("streams")) as runner:
+        yield runner
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.toml")))
+def test_every_recipe_runs(veneer: Veneer, tmp_path: Path, recipe: str) -> None:
+    """A step of each stage, from the repository as its first line says."""
+    if recipe == "code" and shutil.which("bwrap") is None:
+        pytest.skip("needs bubblewrap, the sandbox's walls")
+    text = (ROOT / f"recipes/{recipe}.toml").read_text()
+    assert text.splitlines()[0].endswith(f": veneer train recipes/{recipe}.toml")
+    document = tomllib.loads(text)
+    short = ["eval.problems=2"]
+    for prefix, stage in [(f"stages.{i}.", stage) for i, stage in enumerate(document.get("stages", []))] or [("", document)]:
+        kind = stage.get("kind", "rl")
+        short += [f"{prefix}{kind}.steps=1"]
+        short += [f"{prefix}{kind}.{key}=2" for key in ("groups_per_batch", "group_size") if key in stage[kind]]
+    result = veneer(tmp_path, "train", f"recipes/{recipe}.toml", "--json", *(part for one in short for part in ("--set", one)), cwd=ROOT)
+    assert result.code == 0, result.err
+    assert result.document.get("stages", [result.document])[-1]["adapter"].endswith("@1")
