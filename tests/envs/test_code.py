@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from veneer.envs import load_env
 from veneer.envs.code.grading import Judge, Verdict, code_in
 from veneer.envs.code.problems import KINDS, draw
 from veneer.envs.tools.sandbox import Limits, Sandbox, SandboxError
+from veneer.train.timebox import in_env
 from veneer.types import ConfigError, DataError, Message, StepResult
 
 pytestmark = LINUX
@@ -267,3 +269,18 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load_env("code", {"data": str(tmp_path / "none"), "unsafe_no_sandbox": True})
     with pytest.raises(DataError, match="none of its 1 prompts falls to"):
         load_env("code", {"data": write(tmp_path / "data.jsonl", ROW), "unsafe_no_sandbox": True})
+
+
+@pytest.mark.parametrize("bare", BOTH)
+def test_a_crowd_changes_no_verdict(bare: bool) -> None:
+    """Right answers to be graded at once, more than a machine can in the time of one: none is ended for the others' sake."""
+    dataset = load_env("code", {"seconds": 2.0, "unsafe_no_sandbox": bare})
+
+    async def one(index: int) -> float:
+        env: Any = dataset.env("train", index)
+        return (await in_env(partial(env.step, env.gold()), "step", 4.1)).reward
+
+    async def crowd() -> list[float]:
+        return await asyncio.gather(*(one(index) for index in range(96)))
+
+    assert asyncio.run(crowd()) == [1.0] * 96

@@ -8,12 +8,15 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from veneer.train.timebox import EnvFailure, checked_number, in_env
+from veneer.turns import in_line
 
 
 async def answer() -> int:
@@ -110,6 +113,27 @@ def test_only_the_environments_own_time_counts() -> None:
         return await asyncio.gather(in_env(patient, "step", 0.4), decode())
 
     assert asyncio.run(both())[0] == 7
+
+
+def test_a_queue_is_not_the_environments_own_time() -> None:
+    """One thing at a time: the last begins three seconds after it was asked for, and its half second begins then. What hangs when its turn
+    has come is ended all the same."""
+    pool = ThreadPoolExecutor(1)
+
+    async def queued(seconds: float) -> int:
+        begun = threading.Event()
+        in_line(begun)
+        return await asyncio.wrap_future(pool.submit(lambda: (begun.set(), time.sleep(seconds), 7)[2]))
+
+    async def several() -> list[Any]:
+        calls = [in_env(partial(queued, seconds), "step", 0.5) for seconds in (0.2, 0.2, 0.2, 0.2, 0.2, 2.0, 0.2)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    *first, hanging, last = asyncio.run(several())
+    assert first == [7] * 5
+    assert isinstance(hanging, EnvFailure)
+    assert last == 7
+    pool.shutdown()
 
 
 def test_alarms_are_put_back() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+from veneer.turns import Turns, taking_turns
+
 T = TypeVar("T")
 
 SLICES = 8
@@ -73,19 +75,23 @@ async def in_env(call: Callable[[], Awaitable[T]], what: str, seconds: float) ->
     """Call and await an environment's method.
 
     The time that it waits is counted in slices, because the engine computes on this thread: a slice in which the loop was busy
-    with a long forward pass counts as one slice, not as the environment's delay.
+    with a long forward pass counts as one slice, not as the environment's delay. A slice in which something that it asked for has
+    not had its turn yet is not counted either.
 
     Raises:
         EnvFailure: it raised, or took longer than ``seconds``.
     """
-    task = asyncio.ensure_future(_in_task(call, seconds))
+    turns, slices = Turns(), 0
+    with taking_turns(turns):
+        task = asyncio.ensure_future(_in_task(call, seconds))
     try:
-        for _ in range(SLICES):
+        while slices < SLICES:
             await asyncio.wait({task}, timeout=seconds / SLICES)
             if task.cancelled():
                 raise RuntimeError("it was cancelled from inside")
             if task.done():
                 return task.result()
+            slices += not turns.waiting
         raise TimeoutError
     except (TimeoutError, _Ring) as error:
         raise EnvFailure(f"{what} took longer than {seconds:g} s") from error
