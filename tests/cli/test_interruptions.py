@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,33 @@ def test_ctrl_c_while_it_loads(files: Path, tmp_path: Path) -> None:
         130,
         -signal.SIGINT,
     )  # Python ends itself by the signal if it came inside exec(); a shell says 130 to both
+
+
+SWALLOWED = """
+import importlib.abc, os, signal, sys
+from veneer.cli.main import main
+
+class Presses(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "transformers":
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                pass  # as some libraries do around an import that may fail
+
+sys.meta_path.insert(0, Presses())
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_that_a_library_swallows(files: Path, tmp_path: Path) -> None:
+    """It is not lost: the run ends once all is loaded."""
+    environment = {**os.environ, "VENEER_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SWALLOWED, "train", files, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (130, "veneer: interrupted")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from veneer.cli.interrupts import check_interrupted
 from veneer.cli.loops import LOOPS
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
@@ -101,6 +102,7 @@ def start(
         engine = LoraEngine(loaded, gradient_checkpointing=gradient_checkpointing, patience=PATIENCE, threads=threads, beside=beside)
     else:
         engine = FullEngine(loaded, patience=PATIENCE, threads=threads)
+    check_interrupted()  # while all of this was loaded
     gc.freeze()  # what is loaded by now stays: a full collection would walk all of torch and transformers, 0.2 s at a time
     return Machine(engine, Renderer(loaded.tokenizer))
 

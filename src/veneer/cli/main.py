@@ -27,6 +27,9 @@ def veneer() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed on the way, 2 the request was wrong, 130 interrupted."""
     arguments = sys.argv[1:] if args is None else args
+    from veneer.cli.interrupts import remember_interrupts
+
+    remember_interrupts()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings would stand between the user and ours
     try:
         result = veneer.main(arguments, standalone_mode=False)
