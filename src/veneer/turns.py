@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import Executor, Future
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Turns:
@@ -42,3 +47,30 @@ def in_line(begun: threading.Event) -> None:
     turns = _CURRENT.get()
     if turns is not None:
         turns.add(begun)
+
+
+def submit(pool: Executor, work: Callable[[], T]) -> Future[T]:
+    """Have it done by a pool. The call at hand waits for its turn until it begins."""
+    begun = threading.Event()
+    in_line(begun)
+
+    def done() -> T:
+        begun.set()
+        return work()
+
+    future = pool.submit(done)
+    future.add_done_callback(lambda _: begun.set())  # it may be given up before it begins
+    return future
+
+
+@asynccontextmanager
+async def holding(lock: asyncio.Lock | asyncio.Semaphore) -> AsyncGenerator[None, None]:
+    """``async with lock``; until it is held the call at hand waits for its turn."""
+    begun = threading.Event()
+    in_line(begun)
+    try:
+        async with lock:
+            begun.set()
+            yield
+    finally:
+        begun.set()

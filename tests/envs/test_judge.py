@@ -231,6 +231,13 @@ def test_the_rollouts_own_time_limit_holds_too(tmp_path: Path) -> None:
     assert len(played.rewards_G) == 5
 
 
+def test_waiting_for_a_busy_judge_is_not_the_rollouts_own_time(tmp_path: Path) -> None:
+    """Six answers of 0.3 s, one at a time: the last is there after two seconds, and none had a second of its own."""
+    with judging(JudgeServer(seconds=0.3)) as server:
+        played = group(tmp_path, server, seconds=0.8, cache="none", concurrency=1, judge_seconds=2.5)
+    assert [t.error for t in played.trajectories_G] == [None] * 6
+
+
 # ---------------------------------------------------------------- keys and mistakes
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from veneer.envs import math_grading
 from veneer.envs.apart import Apart, Broken, Ended, Refused
 from veneer.envs.math_reward import MathReward
 from veneer.envs.rows import Row
-from veneer.train.timebox import alarm
+from veneer.train.timebox import alarm, in_env
 from veneer.types import Message
 
 BOMB = "\\boxed{9^{99999999}}"
@@ -141,6 +142,8 @@ def answer(do, **more):
     if do == "litter":
         open("litter.txt", "w").write("x")
         return os.getcwd()
+    if do == "nap":
+        time.sleep(0.5)
     if do == "environment":
         return sorted(os.environ)
     return [do, os.getpid()]
@@ -172,6 +175,15 @@ def test_what_goes_wrong_apart_stays_there(mischief: Apart, do: str, kind: type[
         mischief.ask_now(1, do=do)
     assert words in str(error.value)
     assert mischief.ask_now(1, do="fine")[0] == "fine"
+
+
+def test_waiting_for_a_free_process_is_not_the_environments_own_time(mischief: Apart) -> None:
+    """Six answers of half a second from one process: the last is there after three."""
+
+    async def naps() -> list[Any]:
+        return await asyncio.gather(*(in_env(lambda: mischief.ask(1, do="nap"), "step", 2.0) for _ in range(6)))
+
+    assert [answer[0] for answer in asyncio.run(naps())] == ["nap"] * 6
 
 
 def test_noise_is_no_answer_and_keys_stay_here(mischief: Apart) -> None:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from veneer.turns import submit
 from veneer.types import RunError
 
 SOURCES = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ class Apart:
         """Raises:
         Ended, Refused: as ``ask_now``.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(self.ask_now, cpu_seconds, **request))
+        return await asyncio.wrap_future(submit(self._threads, partial(self.ask_now, cpu_seconds, **request)))
 
     def ask_now(self, cpu_seconds: int, **request: Any) -> Any:
         """What the module answers, as JSON makes of it. ``cpu_seconds``: what the answer may cost.

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from veneer.envs.optional import need
 from veneer.store.files import storage_errors, veneer_home, write_text
+from veneer.turns import holding
 from veneer.types import ConfigError, RunError, in_one_line
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Endpoint:
             ConfigError: the address is none or holds a secret, or the key's variable is not set.
         """
         need("openai")
+        import openai  # noqa: F401  # seconds, which must not be a rollout's own; and an alarm in the middle would leave half of it
+
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{where}.base_url: write an address such as http://127.0.0.1:8321/v1")
@@ -71,14 +74,14 @@ class Endpoint:
         }
         live = self._living()
         if self.cache is None:
-            async with live.turns:
+            async with holding(live.turns):
                 return await self._say(live.client, request)
         digest = hashlib.sha256(json.dumps({"base_url": self.base_url, **request}, sort_keys=True).encode()).hexdigest()
         path = self.cache / digest[:2] / f"{digest}.json"
         async with _one_at_a_time(live.asking, digest):  # a group often says the same
             said = _kept(path)
             if said is None:
-                async with live.turns:
+                async with holding(live.turns):
                     said = await self._say(live.client, request)
                 _keep(path, said)
             return said
@@ -135,7 +138,7 @@ async def _one_at_a_time(locks: dict[str, asyncio.Lock], name: str) -> AsyncGene
     """Those that want the same wait for the first."""
     lock = locks.setdefault(name, asyncio.Lock())
     try:
-        async with lock:
+        async with holding(lock):
             yield
     finally:
         if not lock.locked():

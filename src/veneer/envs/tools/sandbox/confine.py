@@ -11,12 +11,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from veneer.envs.tools.sandbox import bare, bubblewrap, seccomp
 from veneer.envs.tools.sandbox.process import Ended, LimitName, Limits, Start, play
-from veneer.turns import in_line
+from veneer.turns import submit
 from veneer.types import ConfigError, RunError
 
 AT_ONCE = 4 * (os.cpu_count() or 1)
@@ -68,7 +68,7 @@ class Sandbox:
             return
         if bubblewrap.installed() is None:
             raise ConfigError(f"there is no sandbox for programs: {HINT}")
-        tried = self._play({"main.py": "print('in')"}, "", (), threading.Event(), threading.Event())
+        tried = self._play({"main.py": "print('in')"}, "", (), threading.Event())
         if tried.stdout != b"in\n":
             said = (tried.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
             raise ConfigError(f"bubblewrap makes no sandbox here ({said}): {HINT}")
@@ -79,14 +79,12 @@ class Sandbox:
         Raises:
             SandboxError: it did not begin.
         """
-        stop, begun = threading.Event(), threading.Event()
-        in_line(begun)
-        work = self._threads.submit(self._play, files, stdin, inherited, stop, begun)
+        stop = threading.Event()
+        work = submit(self._threads, partial(self._play, files, stdin, inherited, stop))
         try:
             ended = await asyncio.wrap_future(work)
         finally:
             stop.set()
-            begun.set()
             if work.cancelled():  # before it had begun
                 for fd in inherited:
                     os.close(fd)
@@ -99,8 +97,7 @@ class Sandbox:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="sandbox")
 
-    def _play(self, files: Mapping[str, str], stdin: str, inherited: Sequence[int], stop: threading.Event, begun: threading.Event) -> Ended:
-        begun.set()
+    def _play(self, files: Mapping[str, str], stdin: str, inherited: Sequence[int], stop: threading.Event) -> Ended:
         order: dict[str, Any] = {"files": dict(files), "main": "main.py", "stdin": stdin, "uid": None, "watched": False}
         limits = {name: getattr(self.limits, name) for name in ("cpu", "memory", "file", "processes")}
         if self.unsafe_no_sandbox:
