@@ -506,7 +506,8 @@ class VeneerError(Exception):
      │   ├─ ConfigError      a configuration key or value
      │   ├─ BaseError        the base model is missing, broken or unsupported
      │   ├─ AdapterError     the adapter is missing, broken, or made for something else
-     │   └─ DataError        a datum, prompt or data file
+     │   ├─ DataError        a datum, prompt or data file
+     │   └─ DivergedError    numbers that left every range; the weights are as they were before
      └─ RunError           it failed on the way: exit code 1
          ├─ AttestationError the weights are not the ones that were promised
          └─ StorageError     the disk or the run folder
@@ -532,6 +533,10 @@ class AdapterError(RequestError):
 
 
 class DataError(RequestError):
+    pass
+
+
+class DivergedError(RequestError):
     pass
 
 

@@ -25,6 +25,8 @@ ADAPTER_VERBS = (
     *("promote", "rollback", "forget", "reindex", "trust", "merge", "equivalence", "interfere"),
 )
 ENV_VERBS = ("list", "show", "new", "check")
+STUDY_VERBS = [("study", verb) for verb in ("list", "run", "report")]
+GROUPED = [*(("adapters", v) for v in ADAPTER_VERBS), *(("env", v) for v in ENV_VERBS), *STUDY_VERBS]
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic", "sqlalchemy", "cryptography")
 
 
@@ -46,7 +48,7 @@ def trained(veneer: Veneer, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), *(("adapters", v) for v in ADAPTER_VERBS), *(("env", v) for v in ENV_VERBS)])
+@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), *GROUPED])
 def test_help_answers(verb: tuple[str, ...]) -> None:
     """What a command does is one flag away."""
     done = subprocess.run([sys.executable, "-m", "veneer", *verb, "--help"], capture_output=True, text=True)
@@ -66,7 +68,8 @@ def test_no_verb_shows_the_help(veneer: Veneer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("heavy", HEAVY)
 def test_help_is_light(heavy: str) -> None:
     """Help that waits for torch is help that nobody asks for."""
-    verbs = ((), ("train",), ("sample",), ("adapters",), ("adapters", "promote"), ("adapters", "equivalence"), ("env",), ("env", "check"))
+    verbs = [(), ("train",), ("sample",), ("adapters",), ("adapters", "promote"), ("adapters", "equivalence")]
+    verbs += [("env",), ("env", "check"), ("study",), ("study", "run")]
     assert [v for v in verbs if heavy in sys_modules_after(*v, "--help")] == []
 
 
@@ -265,6 +268,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("train small.toml --set lora.target_modules=['no_such_proj']", "no_such_proj"),
     ("train small.toml --set lora.train_attn=false --set lora.train_mlp=false", "nothing would be trained"),
     ("train small.toml --set base=/nowhere/at/all", "no such folder"),
+    ("train small.toml --set device=tpu", "device 'tpu': there are cpu, cuda and auto"),
+    ("sample hi --device gpu", "device 'gpu': there are cpu, cuda and auto"),
+    ("eval --device cuda:97", "no such CUDA device here"),
     ("train small.toml --set base=./nowhere", "nowhere"),
     ("train small.toml --set base=./empty", "empty"),
     ("train small.toml --set env.name=sorrt", "did you mean 'sort'?"),

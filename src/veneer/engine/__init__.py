@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from veneer.engine.base import Base, load_base
+from veneer.engine.base import Base, default_device, load_base
 from veneer.engine.engine import LocalEngine
 from veneer.engine.full import FullStack
 from veneer.engine.lora import LoraStack
 from veneer.engine.losses import LOSSES
 
-__all__ = ["LOSSES", "Base", "FullEngine", "LocalEngine", "LoraEngine", "load_base", "set_threads"]
+__all__ = ["LOSSES", "Base", "FullEngine", "LocalEngine", "LoraEngine", "default_device", "load_base", "set_threads"]
 
 
 def LoraEngine(

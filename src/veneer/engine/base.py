@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,8 +198,10 @@ def load_base(name: str, device: str | None = None, dtype: torch.dtype | None = 
         BaseError: it cannot be found or read, or is not a causal language model.
     """
     device = default_device() if device in (None, "auto") else device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BaseError(f"device {device!r}: there is no CUDA device here; use cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise BaseError(f"device {device!r}: there are cpu, cuda and auto")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise BaseError(f"device {device!r}: there is no such CUDA device here; use cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     model, tokenizer = read_model(name)
     return Base(Path(name).name if Path(resolve_base(name)).is_dir() else name, model, tokenizer, dtype).to(device)

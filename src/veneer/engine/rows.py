@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.types import AdamParams, RequestError
+from veneer.types import AdamParams, DivergedError
 
 LARGEST = 1e6
 """No sound adapter has a weight near it."""
@@ -140,14 +140,14 @@ class Rows:
         if slot in self.trained:
             self.trained[slot].grad.zero_()
 
-    def adam(self, slots: Sequence[int], params: Sequence[AdamParams]) -> list[float | RequestError]:
+    def adam(self, slots: Sequence[int], params: Sequence[AdamParams]) -> list[float | DivergedError]:
         """One AdamW step with bias correction (Kingma & Ba, https://arxiv.org/abs/1412.6980, algorithm 1; decoupled decay)
         for several slots in one go, each with its own settings. Clears the gradients and returns their L2 norms before
         clipping. A row whose gradient or new weights would not be finite, or with a weight beyond ``LARGEST``, keeps its
         weights, moments and step, and has the reason in place of its norm.
         """
         norms = [float(torch.linalg.vector_norm(self.open(slot).grad)) for slot in slots]
-        refused = {slot: RequestError(NOT_FINITE) for slot, norm in zip(slots, norms, strict=True) if not norm < float("inf")}
+        refused = {slot: DivergedError(NOT_FINITE) for slot, norm in zip(slots, norms, strict=True) if not norm < float("inf")}
         for size in {self.size(slot) for slot in slots}:
             alike = [(s, p, n) for s, p, n in zip(slots, params, norms, strict=True) if self.size(s) == size and s not in refused]
             if alike:
@@ -156,7 +156,7 @@ class Rows:
             self.trained[slot].grad.zero_()
         return [refused.get(slot, norm) for slot, norm in zip(slots, norms, strict=True)]
 
-    def _update(self, slots: list[int], params: list[AdamParams], norms: list[float]) -> dict[int, RequestError]:
+    def _update(self, slots: list[int], params: list[AdamParams], norms: list[float]) -> dict[int, DivergedError]:
         """Of rows of one size. The new rows are made beside the old ones, which they replace where they are sound; why not, by slot,
         where they are not."""
 
@@ -177,7 +177,7 @@ class Rows:
         torch.div(m, change, out=change).mul_(rate)
         decay = column([1 - p.learning_rate * p.weight_decay for p in params])
         w = (_stack([row.weights for row in rows]) * decay).sub_(change)
-        refused: dict[int, RequestError] = {}
+        refused: dict[int, DivergedError] = {}
         for i, (slot, row, settings) in enumerate(zip(slots, rows, params, strict=True)):
             low, high = torch.aminmax(w[i])  # NaN if any is; the norm of infinity took ten times as long
             largest = float(torch.maximum(-low, high))
@@ -187,7 +187,7 @@ class Rows:
                 row.v.copy_(v[i])
                 row.steps += 1
             else:
-                refused[slot] = RequestError(_why(largest, settings))
+                refused[slot] = DivergedError(_why(largest, settings))
         return refused
 
 

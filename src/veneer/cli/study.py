@@ -1,0 +1,117 @@
+"""``veneer study``: questions about low rank and reinforcement learning, answered by runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from veneer.cli.output import emit, json_option, print_table
+
+if TYPE_CHECKING:
+    from veneer.studies.lab import Outcome
+
+
+@click.group("study", short_help="Test a claim about low rank and reinforcement learning.")
+def command() -> None:
+    """Each study asks one question: arms with swept learning rates, seeds, a noise floor, and a verdict with its interval. What is made is
+    kept in $VENEER_HOME/studies, each run once."""
+
+
+def _home() -> Path:
+    from veneer.store.files import veneer_home
+
+    return veneer_home() / "studies"
+
+
+@command.command("list")
+@json_option
+def list_studies(as_json: bool) -> None:
+    """List the questions, and which of them have been answered here."""
+    from veneer.studies.catalogue import STUDIES, find_study, kept
+
+    answered = {document["study"] for document, _ in kept(_home())}
+    documents = [
+        {"name": study.name, "question": study.question, "claims": list(study.claims), "answered": study.name in answered}
+        for study in map(find_study, STUDIES)
+    ]
+    rows = [(d["name"], d["question"], ", ".join(map(str, d["claims"])), "yes" if d["answered"] else "-") for d in documents]
+    emit(documents, as_json, lambda: print_table(("study", "question", "claims", "answered"), rows, ""))
+
+
+@command.command("run")
+@click.argument("name")
+@click.option("--seeds", type=click.IntRange(2), default=5, show_default=True, help="On which arms are compared, a run of each arm each.")
+@click.option("--choice-seeds", type=click.IntRange(1), default=2, show_default=True, help="On which every learning rate is tried.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of what all runs share. Repeatable.")
+@click.option("--side-by-side", type=click.IntRange(1), default=8, show_default=True, help="Runs at a time on one engine.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; as many as there are cores, unless given.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
+@json_option
+def run(
+    name: str,
+    seeds: int,
+    choice_seeds: int,
+    overrides: tuple[str, ...],
+    side_by_side: int,
+    threads: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Make all runs of the study NAME that are not there yet, and judge.
+
+    Interrupted, the same command goes on from there. Runs that another study, or the same with fewer seeds, has made are taken over.
+    """
+    import asyncio
+    import os
+    import sys
+
+    from veneer.cli.assemble import start
+    from veneer.engine import default_device
+    from veneer.studies.catalogue import find_study, keep
+    from veneer.studies.contest import Terms
+    from veneer.studies.lab import Lab, Place
+    from veneer.train.session import stop_signals
+
+    study, terms, folder = find_study(name), Terms(seeds, choice_seeds, overrides), _home()
+    device = default_device() if device == "auto" else device
+
+    def open_place(config: Any) -> Place:
+        machine = start(config.base, threads or os.cpu_count() or 1, config.weights, device)
+        return Place(machine.engine, machine.renderer)
+
+    def told(outcome: Outcome, done: int, of: int) -> None:
+        print(f"{done:>4} of {of}  {_in_words(outcome)}", file=sys.stderr, flush=True)
+
+    lab = Lab(folder / "runs", open_place, device, side_by_side, told)
+    with stop_signals(lab.stop):
+        result = asyncio.run(study.conduct(lab, terms))
+    document = keep(study, terms, result, folder / name)
+
+    def human() -> None:
+        rows = [(finding.question, finding.verdict, finding.numbers) for finding in result.findings]
+        print_table(("asked", "verdict", ""), rows, "")
+        print(f"table, picture and numbers: {folder / name}")
+
+    emit({"folder": str(folder / name), **document}, as_json, human)
+
+
+def _in_words(outcome: Outcome) -> str:
+    config = outcome.config
+    rate = getattr(config, config.kind).learning_rate
+    arm = "full" if config.weights == "full" else f"rank {config.lora.rank}"
+    end = "diverged" if outcome.diverged else f"{outcome.score_before:.3f} -> {outcome.score:.3f}"
+    return f"{arm}, learning rate {rate:.3g}, seed {config.seed}: {end}, {outcome.seconds:.0f} s"
+
+
+@command.command("report")
+@json_option
+def report(as_json: bool) -> None:
+    """Print the verdicts of all studies that were made."""
+    from veneer.studies.catalogue import kept
+
+    documents = [document for document, _ in kept(_home())]
+    rows = [(d["study"], f["question"], f["verdict"], f["numbers"]) for d in documents for f in d["findings"]]
+    empty = "no study was made yet; begin with: veneer study run rank"
+    emit(documents, as_json, lambda: print_table(("study", "asked", "verdict", ""), rows, empty))

@@ -1,0 +1,100 @@
+"""Is one arm equal to another, better or worse? From one score a seed and arm, compared seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from veneer.measure.intervals import Mean
+
+Verdict = Literal["equal", "better", "worse", "undecided"]
+POWER = 0.8
+"""The chance with which the seeds that an undecided comparison asks for would decide it."""
+MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of an arm with a reference over the same seeds."""
+
+    difference: Mean
+    """arm - reference, the mean over seeds with its 95% interval."""
+    deviation: float
+    """Standard deviation of the differences."""
+    seeds: int
+    margin: float
+    """A difference smaller than this is none that matters."""
+    verdict: Verdict
+    seeds_needed: int | None
+    """How many would decide an undecided comparison with a chance of POWER, if mean and deviation are what they look like; None: it
+    is decided, or would need more than MOST_SEEDS."""
+
+    def __str__(self) -> str:
+        text = f"{self.verdict} ({self.difference}, margin {self.margin:g}, {self.seeds} seeds)"
+        if self.verdict != "undecided":
+            return text
+        return f"{text}; {self.seeds_needed or f'more than {MOST_SEEDS}'} seeds would do"
+
+
+def compare_seeds(arm: Sequence[float], reference: Sequence[float], margin: float) -> Comparison:
+    """Compare scores, one a seed, of which more is better; the same place in both is the same seed.
+
+    The interval is Student's t for paired differences. An arm is ``equal`` if all of it lies within ``margin`` of 0 (two one-sided
+    tests, Schuirmann 1987, https://doi.org/10.1007/BF01068419, at 2.5% each), else ``better`` or ``worse`` if it excludes 0, else
+    ``undecided``: no evidence of a difference is no evidence of there being none.
+
+    Raises:
+        ValueError: fewer than two seeds, not as many in both, a score that is no finite number, or no margin.
+    """
+    if len(arm) != len(reference) or len(arm) < 2:
+        raise ValueError(f"{len(arm)} scores against {len(reference)}; a comparison needs the same two seeds or more on both sides")
+    if not margin > 0:
+        raise ValueError(f"a margin of {margin}; it must be more than 0")
+    differences = np.asarray(arm, np.float64) - np.asarray(reference, np.float64)
+    if not np.isfinite(differences).all():
+        raise ValueError("a score is no finite number; give what a diverged run scored")
+    difference, deviation = t_interval(differences), float(differences.std(ddof=1))
+    verdict = _judge(difference, margin)
+    needed = _seeds_needed(difference.value, deviation, len(differences), margin) if verdict == "undecided" else None
+    return Comparison(difference, deviation, len(differences), margin, verdict, needed)
+
+
+def t_interval(values: Sequence[float] | np.ndarray) -> Mean:
+    """The mean of a few values with Student's 95% interval, which is wider than the normal one: 1.4 times for five.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    numbers = np.asarray(values, np.float64)
+    if len(numbers) < 2:
+        raise ValueError(f"an interval needs at least two values, not {len(numbers)}")
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(len(numbers) - 1, 0.975))
+    mean, half = float(numbers.mean()), quantile * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
+    return Mean(mean, mean - half, mean + half)
+
+
+def _judge(difference: Mean, margin: float) -> Verdict:
+    if -margin < difference.low and difference.high < margin:
+        return "equal"
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "undecided"
+
+
+def _seeds_needed(mean: float, deviation: float, seeds: int, margin: float) -> int | None:
+    """The usual sample size of a paired t test, (t_0.975 + t_POWER) * deviation / sqrt(n), for whichever is nearer: that the difference
+    is not 0, or that it is less than the margin."""
+    from scipy.special import stdtrit
+
+    more = np.arange(seeds + 1, MOST_SEEDS + 1)
+    error, sure = deviation / np.sqrt(more), stdtrit(more - 1, 0.975)
+    differs = (sure + stdtrit(more - 1, POWER)) * error <= abs(mean)
+    equals = (sure + stdtrit(more - 1, (1 + POWER) / 2)) * error <= margin - abs(mean)  # it can fail on either side
+    enough = differs | equals
+    return int(more[enough.argmax()]) if enough.any() else None

@@ -1,0 +1,81 @@
+"""The studies by name, and what is kept of one that was made."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.store.files import new_folder
+from veneer.studies.contest import Terms
+from veneer.studies.lab import Lab
+from veneer.studies.result import Result
+from veneer.types import ConfigError
+
+STUDIES = ("rank",)
+"""Each a module of this package: its docstring says what is asked, QUESTION says it in one sentence, CLAIMS which of the 22 claims it
+tests, ``conduct`` does it."""
+DOCUMENT, PAGE, PICTURE = "study.json", "study.md", "study.svg"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question."""
+
+    name: str
+    question: str
+    claims: Sequence[int]
+    """By their numbers in docs/studies.md."""
+    about: str
+    conduct: Callable[[Lab, Terms], Coroutine[Any, Any, Result]]
+
+
+def find_study(name: str) -> Study:
+    """Raises:
+    ConfigError: there is none; names the nearest.
+    """
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, STUDIES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STUDIES)}"
+        raise ConfigError(f"no study {name!r}; {hint}")
+    module = importlib.import_module(f"veneer.studies.{name}")
+    return Study(name, module.QUESTION, module.CLAIMS, (module.__doc__ or "").strip(), module.conduct)
+
+
+def keep(study: Study, terms: Terms, result: Result, folder: Path) -> dict[str, Any]:
+    """Write a study's document, page and picture, in place of those of an earlier time. Returns the document."""
+    document = {
+        "study": study.name,
+        "question": study.question,
+        "claims": list(study.claims),
+        "terms": asdict(terms),
+        "findings": [asdict(finding) for finding in result.findings],
+        "run_seconds": round(result.seconds),
+        **result.document,
+    }
+    with new_folder(folder) as aside:
+        (aside / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
+        (aside / PAGE).write_text(page_of(study, terms, result))
+        result.draw(aside / PICTURE)
+    return document
+
+
+def page_of(study: Study, terms: Terms, result: Result) -> str:
+    """As Markdown."""
+    lines = [f"## {study.question}", "", *study.about.splitlines()[2:], ""]
+    lines += ["| asked | verdict | |", "|---|---|---|"]
+    lines += [f"| {finding.question} | **{finding.verdict}** | {finding.numbers} |" for finding in result.findings]
+    made = f"{terms.seeds} seeds; learning rates chosen on {terms.choice_seeds} others. All runs together: {result.seconds:.0f} seconds."
+    command = f"veneer study run {study.name} --seeds {terms.seeds} --choice-seeds {terms.choice_seeds}"
+    command += "".join(f" --set {override}" for override in terms.overrides)
+    return "\n".join([*lines, "", result.tables.rstrip(), "", made, f"`{command}`", ""])
+
+
+def kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The documents of all studies that were made, with their folders."""
+    found = [folder / name / DOCUMENT for name in STUDIES]
+    return [(json.loads(path.read_text()), path.parent) for path in found if path.is_file()]

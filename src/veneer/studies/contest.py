@@ -1,0 +1,175 @@
+"""How arms are compared: each with a learning rate that was swept for it, on fresh seeds, seed by seed, beside a measured noise floor.
+
+A learning rate that suits one arm says nothing of another (science of low rank: the best rates of LoRA and of full fine-tuning are ten
+times apart), so every arm tries its own grid on seeds of their own, and the rate that scored best there runs again on the seeds that are
+compared: choosing the luckiest of ten runs flatters no arm. The noise floor is the reference arm once more, on other seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from veneer.measure.verdict import Comparison, compare_seeds
+from veneer.studies.lab import Lab, Outcome
+from veneer.train.config import RunConfig, make_config, override_in
+
+CHOICE, AGAIN = 1000, 2000
+"""The first seed of those on which learning rates are chosen, and of those of the noise floor; compared are 0, 1, 2 and so on."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do it."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Keys of a run's configuration, in nested tables, over those that all arms share."""
+    rates: Sequence[float]
+    """Learning rates to try, rising by a constant factor."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is up to whoever asks."""
+
+    seeds: int = 5
+    choice_seeds: int = 2
+    """On which every learning rate is tried."""
+    overrides: tuple[str, ...] = ()
+    """KEY=VALUE of what all runs share, such as rl.steps=20; what an arm is about stays the arm's."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An arm at every learning rate."""
+
+    tried: Mapping[float, Sequence[Outcome]]
+    """By learning rate, rising: a run for each choice seed."""
+    edge: Literal["lowest", "highest"] | None
+    """The best rate is the last of the grid on this side, though the grid was widened there: a better one may lie beyond."""
+    widened: bool
+
+    @property
+    def means(self) -> dict[float, float]:
+        return {rate: statistics.fmean(o.score for o in outcomes) for rate, outcomes in self.tried.items()}
+
+    @property
+    def best(self) -> float:
+        return _best(self.means)
+
+    def plateau(self, margin: float) -> float:
+        """How many times larger the largest rate within ``margin`` of the best mean is than the smallest."""
+        means = self.means
+        good = [rate for rate, mean in means.items() if mean >= means[self.best] - margin]
+        return max(good) / min(good)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An arm on the seeds that are compared."""
+
+    arm: Arm
+    sweep: Sweep
+    outcomes: Sequence[Outcome]
+    comparison: Comparison | None
+    """With the reference; None: it is the reference."""
+
+    @property
+    def scores(self) -> list[float]:
+        return [outcome.score for outcome in self.outcomes]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All arms, the reference first."""
+
+    entrants: Sequence[Entrant]
+    noise: Comparison
+    """The reference on other seeds, compared with itself."""
+    margin: float
+
+    @property
+    def reference(self) -> Entrant:
+        return self.entrants[0]
+
+
+async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], margin: float, terms: Terms) -> Contest:
+    """Compare arms with the first of them. ``shared``: what all runs have in common, as nested tables of a run's configuration.
+
+    Raises:
+        ConfigError: a setting that there is not.
+        Interrupted, VeneerError: as ``Lab.run``.
+    """
+    shared = copy.deepcopy(dict(shared))
+    for override in terms.overrides:
+        override_in(shared, override)
+    sweeps = await _sweep_all(lab, shared, arms, terms.choice_seeds)
+    seeds = range(terms.seeds)
+    plan = {arm.name: [_config(shared, arm, sweep.best, seed) for seed in seeds] for arm, sweep in zip(arms, sweeps, strict=True)}
+    again = [_config(shared, arms[0], sweeps[0].best, AGAIN + seed) for seed in seeds]
+    outcomes = iter(await lab.run([*(config for configs in plan.values() for config in configs), *again]))
+    runs = {name: [next(outcomes) for _ in configs] for name, configs in plan.items()}
+    reference = [outcome.score for outcome in runs[arms[0].name]]
+    noise = compare_seeds([outcome.score for outcome in outcomes], reference, margin)
+    entrants = []
+    for arm, sweep in zip(arms, sweeps, strict=True):
+        own = runs[arm.name]
+        comparison = None if arm is arms[0] else compare_seeds([outcome.score for outcome in own], reference, margin)
+        entrants.append(Entrant(arm, sweep, own, comparison))
+    return Contest(entrants, noise, margin)
+
+
+async def _sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], choice_seeds: int) -> list[Sweep]:
+    """All arms' grids at once; those whose best rate is the last on a side are widened there by two, once."""
+    tried = [dict[float, Sequence[Outcome]]() for _ in arms]
+
+    async def add(rates: Sequence[Sequence[float]]) -> None:
+        wanted = [(i, rate) for i, more in enumerate(rates) for rate in more]
+        configs = [_config(shared, arms[i], rate, CHOICE + seed) for i, rate in wanted for seed in range(choice_seeds)]
+        outcomes = iter(await lab.run(configs))
+        for i, rate in wanted:
+            tried[i][rate] = [next(outcomes) for _ in range(choice_seeds)]
+
+    await add([arm.rates for arm in arms])
+    first = [Sweep(_rising(found), None, False) for found in tried]
+    more = [_beyond(arm.rates, sweep.best) for arm, sweep in zip(arms, first, strict=True)]
+    await add(more)
+    sweeps = []
+    for found, beyond in zip(tried, more, strict=True):
+        rising = _rising(found)
+        best = _best(Sweep(rising, None, False).means)
+        edge = "lowest" if best == min(rising) else "highest" if best == max(rising) else None
+        sweeps.append(Sweep(rising, edge, bool(beyond)))
+    return sweeps
+
+
+def _rising(found: Mapping[float, Sequence[Outcome]]) -> dict[float, Sequence[Outcome]]:
+    return {rate: found[rate] for rate in sorted(found)}
+
+
+def _best(means: Mapping[float, float]) -> float:
+    """The rate of the best mean; of equal ones the smallest."""
+    return max(means, key=lambda rate: (means[rate], -rate))
+
+
+def _beyond(rates: Sequence[float], best: float) -> list[float]:
+    """Two more rates on the side on which the best is the last."""
+    factor = rates[1] / rates[0]
+    if best == rates[0]:
+        return [best / factor**2, best / factor]
+    return [best * factor, best * factor**2] if best == rates[-1] else []
+
+
+def _config(shared: Mapping[str, Any], arm: Arm, rate: float, seed: int) -> RunConfig:
+    tree = _merged(shared, arm.settings)
+    kind = tree.get("kind", "rl")
+    return make_config(_merged(tree, {"seed": seed, kind: {"learning_rate": float(f"{rate:.6g}")}}))
+
+
+def _merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(tree[key], value) if isinstance(value, Mapping) and key in tree else value for key, value in over.items()}
+    return {**tree, **both}

@@ -1,0 +1,135 @@
+"""What people read of a contest: findings, tables, numbers and a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.measure.verdict import Comparison, t_interval
+from veneer.store.files import veneer_home
+from veneer.studies.contest import Contest, Entrant, Sweep
+from veneer.studies.result import Finding, Result
+
+COLOURS = ("#555555", "#0066cc", "#cc5500", "#228833", "#aa3377", "#997700")
+
+
+def contest_result(contest: Contest, question: str, more: Sequence[Finding] = ()) -> Result:
+    """``question``: what each arm is asked, with {arm} and {reference} in it. ``more``: findings behind those of the comparisons."""
+    against = contest.reference.arm.name
+    findings = [
+        Finding(question.format(arm=entrant.arm.name, reference=against), entrant.comparison.verdict, str(entrant.comparison))
+        for entrant in contest.entrants
+        if entrant.comparison is not None
+    ]
+    floor = Finding(f"noise floor: {against} on other seeds, compared with itself", contest.noise.verdict, str(contest.noise))
+    swept = [outcome for entrant in contest.entrants for outcomes in entrant.sweep.tried.values() for outcome in outcomes]
+    seconds = sum(outcome.seconds for outcome in [*swept, *(o for entrant in contest.entrants for o in entrant.outcomes)])
+    return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: draw_contest(contest, path), seconds)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _tables(contest: Contest) -> str:
+    against, margin = contest.reference.arm.name, contest.margin
+    lines = [f"| arm | best learning rate | before | after | less {against} | verdict |", "|---|---|---|---|---|---|"]
+    for entrant in contest.entrants:
+        comparison = entrant.comparison
+        verdict = ("-", "reference") if comparison is None else (str(comparison.difference), _short(comparison))
+        before = sum(outcome.score_before for outcome in entrant.outcomes) / len(entrant.outcomes)
+        cells = (entrant.arm.name, _rate(entrant.sweep), f"{before:.3f}", str(t_interval(entrant.scores)), *verdict)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| {against}, other seeds | the same | - | - | {contest.noise.difference} | {_short(contest.noise)} |")
+    lines += ["", "Mean score by learning rate on the seeds on which it is chosen; * is the best, d a rate at which runs diverged:", ""]
+    lines += [f"- {entrant.arm.name}: {_swept(entrant.sweep)}; {_plateau(entrant, margin)}" for entrant in contest.entrants]
+    diverged = [f"{e.arm.name}, seed {o.config.seed}: {o.diverged}" for e in contest.entrants for o in e.outcomes if o.diverged]
+    return "\n".join([*lines, *([""] if diverged else []), *(f"- diverged: {line}" for line in diverged)]) + "\n"
+
+
+def _short(comparison: Comparison) -> str:
+    more = f" ({comparison.seeds_needed or 'too many'} seeds would do)" if comparison.verdict == "undecided" else ""
+    return f"**{comparison.verdict}** at a margin of {comparison.margin:g}{more}"
+
+
+def _rate(sweep: Sweep) -> str:
+    return f"{sweep.best:.3g}" + (f" ({sweep.edge} tried)" if sweep.edge else "")
+
+
+def _swept(sweep: Sweep) -> str:
+    def one(rate: float, mean: float) -> str:
+        lost = any(outcome.diverged for outcome in sweep.tried[rate])
+        return f"{rate:.3g} {mean:.3f}{'*' if rate == sweep.best else ''}{' d' if lost else ''}"
+
+    return ", ".join(one(rate, mean) for rate, mean in sweep.means.items())
+
+
+def _plateau(entrant: Entrant, margin: float) -> str:
+    return f"within {margin:g} of the best over a factor of {entrant.sweep.plateau(margin):.3g}"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _document(contest: Contest) -> dict[str, Any]:
+    return {
+        "margin": contest.margin,
+        "reference": contest.reference.arm.name,
+        "noise": _compared(contest.noise),
+        "arms": [
+            {
+                "arm": entrant.arm.name,
+                "settings": entrant.arm.settings,
+                "learning_rate": entrant.sweep.best,
+                "edge": entrant.sweep.edge,
+                "widened": entrant.sweep.widened,
+                "tried": [
+                    {"learning_rate": rate, "scores": [o.score for o in outcomes], "diverged": [o.diverged for o in outcomes]}
+                    for rate, outcomes in entrant.sweep.tried.items()
+                ],
+                "seeds": [outcome.config.seed for outcome in entrant.outcomes],
+                "scores": entrant.scores,
+                "scores_before": [outcome.score_before for outcome in entrant.outcomes],
+                "diverged": [outcome.diverged for outcome in entrant.outcomes],
+                "comparison": None if entrant.comparison is None else _compared(entrant.comparison),
+            }
+            for entrant in contest.entrants
+        ],
+    }
+
+
+def _compared(comparison: Comparison) -> dict[str, Any]:
+    ends = {"value": comparison.difference.value, "low": comparison.difference.low, "high": comparison.difference.high}
+    said = {"verdict": comparison.verdict, "seeds_needed": comparison.seeds_needed}
+    return {**ends, "deviation": comparison.deviation, "seeds": comparison.seeds, **said}
+
+
+# ---------------------------------------------------------------- picture
+
+
+def draw_contest(contest: Contest, path: Path) -> None:
+    """Left: what each learning rate reaches. Right: every seed at the best one, and the arms' 95% intervals."""
+    os.environ.setdefault("MPLCONFIGDIR", str(veneer_home() / "matplotlib"))  # its font cache belongs to our home too
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "veneer", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+        for place, entrant in enumerate(contest.entrants):
+            colour, means = COLOURS[place % len(COLOURS)], entrant.sweep.means
+            left.plot(list(means), list(means.values()), color=colour, marker="o", markersize=3, label=entrant.arm.name)
+            for rate, outcomes in entrant.sweep.tried.items():
+                left.scatter([rate] * len(outcomes), [o.score for o in outcomes], color=colour, s=6, alpha=0.4, linewidth=0)
+            around = t_interval(entrant.scores)
+            bar = ([around.value - around.low], [around.high - around.value])
+            right.errorbar([place], [around.value], yerr=bar, color=colour, fmt="o", capsize=4, markersize=5)
+            right.scatter([place + 0.2] * len(entrant.scores), entrant.scores, color=colour, s=10, alpha=0.6, linewidth=0)
+        left.set_xscale("log")
+        left.set_xlabel("learning rate")
+        left.set_ylabel("held-out score")
+        left.legend(frameon=False)
+        right.set_xticks(range(len(contest.entrants)), [entrant.arm.name for entrant in contest.entrants])
+        right.set_xlabel("at its best learning rate, fresh seeds")
+        figure.savefig(path, metadata={"Date": None})

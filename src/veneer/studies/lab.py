@@ -1,0 +1,188 @@
+"""Where a study's runs are made: side by side on one engine, each in a folder named by its content, so that no run is made twice."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from veneer.envs import load_env
+from veneer.render import Renderer
+from veneer.store.adapters import write_adapter
+from veneer.store.run import Run
+from veneer.train import rl, sft
+from veneer.train.config import RunConfig
+from veneer.train.rollouts import closing
+from veneer.train.session import Interrupted, Session
+from veneer.types import AdapterError, ConfigError, DivergedError, Engine
+
+OUTCOME, ADAPTER = "outcome.json", "adapter"
+PACKAGE = Path(__file__).parents[1]
+ORIGIN = ("assets", "engine", "envs", "render", "train")
+"""The parts of Veneer that decide what a run comes to."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A base in memory with what reads and writes its tokens."""
+
+    engine: Engine
+    renderer: Renderer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    config: RunConfig
+    folder: Path
+    metrics: Sequence[Mapping[str, Any]]
+    """Its metrics.jsonl."""
+    diverged: str | None
+    """Why it could not go on: its numbers left every range. It is kept like any other."""
+    seconds: float
+    """That it was under way, with others beside it."""
+
+    @property
+    def score(self) -> float:
+        """More is better. Of rewards, the mean on held-out problems in the end, 0 if the run diverged; of demonstrations, minus the
+        held-out loss in nats a token, that of the start if it diverged."""
+        if self.config.kind == "rl":
+            return 0.0 if self.diverged else float([m["eval/reward"] for m in self.metrics if "eval/reward" in m][-1])
+        losses = [float(m["eval/mean_nll"]) for m in self.metrics if "eval/mean_nll" in m]
+        return -losses[0 if self.diverged else -1]
+
+    @property
+    def score_before(self) -> float:
+        first = self.metrics[0]
+        return float(first["eval/reward"]) if self.config.kind == "rl" else -float(first["eval/mean_nll"])
+
+
+@dataclass
+class Lab:
+    """Makes runs. ``folder``: where they are kept. ``open_place``: loads what runs of a base and kind of weights share."""
+
+    folder: Path
+    open_place: Callable[[RunConfig], Place]
+    device: str = "cpu"
+    """Of all runs, as "cpu" or "cuda"."""
+    side_by_side: int = 8
+    """Runs at a time: as many adapters on one engine."""
+    told: Callable[[Outcome, int, int], None] = lambda outcome, done, of: None
+    """Of every run that ends: how many of those asked for are there."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """When set, runs save their state and stop."""
+    _places: dict[tuple[str, str], Place] = field(default_factory=dict)
+
+    async def run(self, configs: Sequence[RunConfig]) -> list[Outcome]:
+        """What each comes to. Runs of an earlier call, of another study or of a process that was killed are taken over or gone on with.
+
+        Raises:
+            Interrupted: ``stop`` was set; what was done is kept.
+            VeneerError: as a run has it, but for a divergence; the others are saved first.
+        """
+        configs = [config.model_copy(update={"device": self.device}) for config in configs]
+        wanted = {self._folder(config): config for config in configs}
+        found: dict[Path, Outcome] = {}
+        for place in dict.fromkeys(_place_of(config) for config in wanted.values()):
+            here = {folder: config for folder, config in wanted.items() if _place_of(config) == place}
+            free = asyncio.Semaphore(self.side_by_side)
+
+            async def one(folder: Path, config: RunConfig, free: asyncio.Semaphore = free) -> None:
+                async with free:
+                    found[folder] = await self._one(folder, config)
+                    self.told(found[folder], len(found), len(wanted))
+
+            await self._together([one(folder, config) for folder, config in here.items()])
+        return [found[self._folder(config)] for config in configs]
+
+    async def _together(self, runs: Sequence[Awaitable[None]]) -> None:
+        """Wait for all, whatever becomes of one: they save their state before anything is raised."""
+
+        async def stopping(run: Awaitable[None]) -> None:
+            try:
+                await run
+            except BaseException:
+                self.stop.set()
+                raise
+
+        ends = await asyncio.gather(*map(stopping, runs), return_exceptions=True)
+        errors = [end for end in ends if end is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, Interrupted)), errors[0])
+
+    async def _one(self, folder: Path, config: RunConfig) -> Outcome:
+        done = folder / OUTCOME
+        if not done.is_file():
+            if self.stop.is_set():
+                raise Interrupted("interrupted; what was done is kept, the same command goes on from here")
+            place = self._places.get(_place_of(config)) or self._open(config)
+            await self._make(folder, config, place, done)
+        for name in ("checkpoints", "rollouts"):  # nobody goes on from here; a hundred runs would keep gigabytes
+            shutil.rmtree(folder / name, ignore_errors=True)
+        told = json.loads(done.read_text())
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return Outcome(config, folder, metrics, told["diverged"], told["seconds"])
+
+    def _open(self, config: RunConfig) -> Place:
+        self._places.clear()  # one base in memory at a time
+        self._places[_place_of(config)] = place = self.open_place(config)
+        return place
+
+    async def _make(self, folder: Path, config: RunConfig, place: Place, done: Path) -> None:
+        config = config.model_copy(update={"name": folder.name, "folder": str(folder)})
+        clock, diverged = time.perf_counter(), None
+        run = Run(folder, config.to_toml())
+        session = Session(place.engine, place.renderer, config, run, stop=self.stop)
+        try:
+            try:
+                await _train(session)
+            except DivergedError as error:
+                diverged = str(error)
+            weights = await place.engine.save_state(session.adapter, "sampler")
+            write_adapter(folder / ADAPTER, weights, session.facts())
+            seconds = round(time.perf_counter() - clock, 1)
+            run.write(OUTCOME, json.dumps({"diverged": diverged, "seconds": seconds}) + "\n")
+        finally:
+            with suppress(AdapterError):  # it failed before it was made
+                place.engine.remove_adapter(session.adapter)
+            run.close()
+
+    def _folder(self, config: RunConfig) -> Path:
+        """Named by all that decides what a run comes to: its settings, and Veneer's own files."""
+        unnamed = config.model_copy(update={"name": "run", "folder": ""})
+        return self.folder / hashlib.sha256(f"{_origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
+
+
+@cache
+def _origin() -> str:
+    found = hashlib.sha256()
+    for part in ORIGIN:
+        for path in sorted((PACKAGE / part).rglob("*")):
+            if path.is_file() and path.suffix in (".py", ".json", ".jinja", ".safetensors"):
+                found.update(f"{path.relative_to(PACKAGE)}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def _place_of(config: RunConfig) -> tuple[str, str]:
+    return config.base, config.weights
+
+
+async def _train(session: Session) -> None:
+    config = session.config
+    if config.kind == "rl":
+        async with closing(load_env(config.env.name, config.env.args)) as dataset:
+            await rl.train(session, dataset)
+    elif config.kind == "sft":
+        await sft.train(session)
+    else:
+        raise ConfigError(f"kind = {config.kind!r}: a study's runs are rl or sft")

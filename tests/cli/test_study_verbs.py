@@ -1,0 +1,72 @@
+"""``veneer study`` as people use it: real processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from processes import Veneer, forking_veneer, until
+
+SMALL = ["--seeds", "2", "--choice-seeds", "1", "--threads", "1"]
+SMALL += [f"--set={o}" for o in ("rl.steps=1", "eval.problems=2", "rl.groups_per_batch=1", "rl.group_size=2", "rl.max_tokens=4")]
+RUNS = 4 * 5 + 4 * 2 + 2
+"""Four arms at five learning rates, each at its best on two seeds, and the reference on two others; grids may be widened."""
+
+
+@pytest.fixture(scope="module")
+def veneer(tmp_path_factory: pytest.TempPathFactory) -> Generator[Veneer, None, None]:
+    with forking_veneer(tmp_path_factory.mktemp("veneer")) as veneer:
+        yield veneer
+
+
+def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Path) -> None:
+    running = veneer.start(home, "study", "run", "rank", *SMALL)
+    until(lambda: len(list(home.glob("studies/runs/*/outcome.json"))) >= 3)
+    running.kill(signal.SIGINT)
+    stopped = running.wait()
+    assert stopped.code == 130, stopped.err
+    assert "the same command goes on" in stopped.err
+    made = {path: path.stat().st_mtime_ns for path in home.glob("studies/runs/*/outcome.json")}
+    assert 3 <= len(made) < RUNS
+    assert veneer(home, "study", "report", "--json").document == []
+
+    done = veneer(home, "study", "run", "rank", *SMALL, "--json")
+    assert done.code == 0, done.err
+    document = done.document
+    assert {path: path.stat().st_mtime_ns for path in made} == made  # nothing was made again
+    assert len(list(home.glob("studies/runs/*/outcome.json"))) >= RUNS
+    assert [arm["arm"] for arm in document["arms"]] == ["full", "rank 1", "rank 4", "rank 32"]
+    assert all(len(arm["scores"]) == 2 for arm in document["arms"])
+    folder = Path(document["folder"])
+    assert {path.name for path in folder.iterdir()} == {"study.json", "study.md", "study.svg"}
+    assert "--set rl.steps=1" in (folder / "study.md").read_text()
+
+    assert [one["study"] for one in veneer(home, "study", "report", "--json").document] == ["rank"]
+    assert "noise floor" in " ".join(veneer(home, "study", "report").out.split())
+    listed = {one["name"]: one for one in veneer(home, "study", "list", "--json").document}
+    assert listed["rank"]["answered"]
+    assert not list(home.glob("runs/*"))
+    assert veneer(home, "adapters", "list", "--json").document == []  # what a study trains is no behaviour to be served
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "rankk"], "did you mean 'rank'?"),
+        (["run", "nothing-like-it"], "there are rank"),
+        (["run", "rank", "--set", "rl.stebs=3"], "unknown key 'rl.stebs'; did you mean 'rl.steps'?"),
+        (["run", "rank", "--set", "env.name=sorrt"], "sorrt"),
+        (["run", "rank", "--set", "base=/nowhere"], "no such folder"),
+        (["run", "rank", "--seeds", "1"], "1 is not in the range"),
+        (["run", "rank", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_mistakes_cost_one_line(veneer: Veneer, home: Path, arguments: list[str], words: str) -> None:
+    done = veneer(home, "study", *arguments)
+    assert done.code == 2, done.err
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert len(done.err.strip().splitlines()) == 1
