@@ -33,7 +33,7 @@ SESSIONS = ("README.md", *(f"docs/{name}.md" for name in ("registry", "operating
 
 @pytest.mark.parametrize("page", SESSIONS)
 def test_the_console_session_works_line_by_line(veneer: Veneer, home: Path, tmp_path: Path, page: str) -> None:
-    """A newcomer types a page's commands in order; training runs are cut to two steps."""
+    """A newcomer types a page's commands in order; training runs are cut to two steps, those of a study to one small group."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     shown = "".join(blocks("console", (ROOT / page).read_text())).splitlines()
     lines = [line.partition(" #")[0].removeprefix("$ ").strip() for line in shown]
@@ -42,6 +42,8 @@ def test_the_console_session_works_line_by_line(veneer: Veneer, home: Path, tmp_
         program, *arguments = shlex.split(line)
         assert program == "veneer"
         arguments = [re.sub(r"steps=\d+$", "steps=2", a) for a in arguments]
+        if arguments[:2] == ["study", "run"]:
+            arguments += [f"--set={small}" for small in ("rl.groups_per_batch=1", "rl.group_size=2", "rl.max_tokens=8", "eval.problems=4")]
         done = veneer(home, *arguments, cwd=tmp_path)
         assert done.code == 0, f"{line}\n{done.err}"
 
