@@ -2,7 +2,7 @@
 
     python benchmarks/async_rl.py           # JSON on stdout; --write also puts it into benchmarks/RESULTS.md
 
-The same runs for both, seed by seed: rank 1 on all linear maps of nano, questions about a website whose every answer takes half a second,
+The same runs for both, seed by seed: rank 1 on all linear maps of nano, questions about a website whose every answer takes a second,
 8 problems x 8 episodes a step. One side is ``rl.max_lag = 0``; the other has groups in flight up to two steps behind the weights that they
 train, with truncated importance weights. A side has reached the reward when the mean over three steps is at least 0.8; its seconds are
 counted from the first step on. A round is a seed, and runs both sides in processes of their own, one after the other.
@@ -22,7 +22,7 @@ from measure import Command, Json, Settings, in_worker, ratios, request_of, run,
 SIDES: dict[str, Json] = {"synchronous": {}, "asynchronous": {"max_lag": 2, "correction": "truncated"}}
 STEPS, REWARD, OVER = 24, 0.8, 3
 """Steps of a run at most; the reward to be reached, as a mean over so many steps."""
-LATENCY = 0.5
+LATENCY = 1.0
 """Seconds."""
 
 
@@ -46,7 +46,7 @@ def work(request: Json) -> Json:
 
     set_threads(1)
     env = {"name": "browse", "args": {"latency": LATENCY}}
-    settings: Json = {"steps": request["steps"], "learning_rate": 1.5e-3, **request["rl"]}
+    settings: Json = {"steps": request["steps"], "learning_rate": 7e-4, **request["rl"]}
     evaluation = {"problems": 1, "every": 10**6}
     tree: Json = {"name": "waiting", "lora": {"rank": 1}, "env": env, "rl": settings, "eval": evaluation, "seed": request["seed"]}
     config = make_config(tree | {"checkpoint_every": 10**6})

@@ -26,7 +26,7 @@ def test_no_flight_is_ever_too_late(groups: int, max_lag: int, seed: int) -> Non
     rng, landing = random.Random(seed), 0
     flights: list[list[int | None]] = []
     for step in range(1, 12):
-        flights += [[step + max_lag, None] for _ in range(groups * max_lag - len(flights))]
+        flights += [[step + max_lag, None] for _ in range(groups * (max_lag + 1) - len(flights))]
         while (taken := choose([(f[0] or 0, f[1]) for f in flights], step, groups)) is None:
             waiting = [f for f in flights if f[1] is None]
             assert waiting, "all have landed, and there is no choice"
@@ -36,7 +36,6 @@ def test_no_flight_is_ever_too_late(groups: int, max_lag: int, seed: int) -> Non
         assert all(flights[i][1] is not None for i in taken)
         flights = [f for i, f in enumerate(flights) if i not in taken]
         assert all((f[0] or 0) > step for f in flights)
-        flights += [[step + max_lag, None] for _ in range(groups * max_lag - len(flights))]
 
 
 @dataclass
@@ -95,6 +94,33 @@ def test_a_step_takes_what_has_ended_and_waits_for_what_would_be_too_old() -> No
         assert 0 in last
         everything = first + second + last
         assert len(set(everything)) == 6
+        await supply.close()
+
+    asyncio.run(steps())
+
+
+@pytest.mark.parametrize("max_lag", [1, 2, 3])
+def test_as_much_is_in_flight_as_could_be_in_time(max_lag: int) -> None:
+    """What a step and the ``max_lag`` behind it take is played while it is waited for; of this the step takes its own."""
+    released = asyncio.Event()
+
+    async def gate(index: int) -> None:
+        await released.wait()
+
+    async def steps() -> None:
+        dataset = Slow(gate)
+        supply = InFlight(policy(), dataset, Schedule(groups=2, size=3, seed=0, first=0), max_lag)
+        first = asyncio.ensure_future(supply.groups(1, played=0))
+        while dataset.playing < 6 * (max_lag + 1):
+            await asyncio.sleep(0.001)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(first), 0.1)
+        assert dataset.playing == 6 * (max_lag + 1)
+        released.set()
+        taken = [g.index for g in await first]
+        for step in range(2, max_lag + 4):
+            taken += [g.index for g in await supply.groups(step, played=2 * (step - 1))]
+        assert sorted(taken) == list(range(2 * (max_lag + 3)))
         await supply.close()
 
     asyncio.run(steps())

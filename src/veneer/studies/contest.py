@@ -104,10 +104,8 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
         ConfigError: a setting that there is not.
         Interrupted, VeneerError: as ``Lab.run``.
     """
-    shared = copy.deepcopy(dict(shared))
-    for override in terms.overrides:
-        override_in(shared, override)
-    sweeps = await _sweep_all(lab, shared, arms, terms.choice_seeds)
+    shared = overridden(shared, terms)
+    sweeps = await sweep_all(lab, shared, arms, terms.choice_seeds)
     seeds = range(terms.seeds)
     plan = {arm.name: [_config(shared, arm, sweep.best, seed) for seed in seeds] for arm, sweep in zip(arms, sweeps, strict=True)}
     again = [_config(shared, arms[0], sweeps[0].best, AGAIN + seed) for seed in seeds]
@@ -123,8 +121,24 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
     return Contest(entrants, noise, margin)
 
 
-async def _sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], choice_seeds: int) -> list[Sweep]:
-    """All arms' grids at once; those whose best rate is the last on a side are widened there by two, once."""
+def overridden(shared: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+    """What all runs share, as whoever asks wants it.
+
+    Raises:
+        ConfigError: an override cannot be applied.
+    """
+    tree = copy.deepcopy(dict(shared))
+    for override in terms.overrides:
+        override_in(tree, override)
+    return tree
+
+
+async def sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], choice_seeds: int) -> list[Sweep]:
+    """All arms' grids at once; those whose best rate is the last on a side are widened there by two, once.
+
+    Raises:
+        ConfigError, Interrupted, VeneerError: as ``hold_contest``.
+    """
     tried = [dict[float, Sequence[Outcome]]() for _ in arms]
 
     async def add(rates: Sequence[Sequence[float]]) -> None:

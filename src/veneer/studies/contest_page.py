@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer.measure.verdict import Comparison, t_interval
-from veneer.store.files import veneer_home
 from veneer.studies.contest import Contest, Entrant, Sweep
+from veneer.studies.drawing import picture
 from veneer.studies.result import Finding, Result
 
 COLOURS = ("#555555", "#0066cc", "#cc5500", "#228833", "#aa3377", "#997700")
@@ -110,12 +109,7 @@ def _compared(comparison: Comparison) -> dict[str, Any]:
 
 def draw_contest(contest: Contest, path: Path) -> None:
     """Left: what each learning rate reaches. Right: every seed at the best one, and the arms' 95% intervals."""
-    os.environ.setdefault("MPLCONFIGDIR", str(veneer_home() / "matplotlib"))  # its font cache belongs to our home too
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "veneer", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    with picture(path, 8.4, 3.2) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
         for place, entrant in enumerate(contest.entrants):
             colour, means = COLOURS[place % len(COLOURS)], entrant.sweep.means
@@ -132,4 +126,3 @@ def draw_contest(contest: Contest, path: Path) -> None:
         left.legend(frameon=False)
         right.set_xticks(range(len(contest.entrants)), [entrant.arm.name for entrant in contest.entrants])
         right.set_xlabel("at its best learning rate, fresh seeds")
-        figure.savefig(path, metadata={"Date": None})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 from veneer.measure.canary import canary_tokens, check_drawn, check_loaded
 from veneer.measure.intervals import Mean, Rate, paired_difference
 from veneer.render import Renderer
-from veneer.store.files import veneer_home
 from veneer.store.stack import stack_adapters
+from veneer.studies.drawing import picture
 from veneer.train.evaluate import evaluate
 from veneer.train.metrics import check_failures
 from veneer.train.rollouts import Policy
@@ -176,20 +175,14 @@ def as_table(matrix: Matrix) -> str:
 
 def draw(matrix: Matrix, path: Path) -> None:
     """As a picture: a field for each arm and task, shaded by the share solved."""
-    os.environ.setdefault("MPLCONFIGDIR", str(veneer_home() / "matplotlib"))  # its font cache belongs to our home too
-    import matplotlib
-    from matplotlib.figure import Figure
-
     values = [[matrix.cells[arm, task].solved for task in matrix.tasks] for arm in matrix.arms]
-    figure = Figure(figsize=(2.2 + 1.9 * len(matrix.tasks), 1.2 + 0.55 * len(matrix.arms)), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow([[rate.value for rate in row] for row in values], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(values):
-        for x, rate in enumerate(row):
-            text = f"{rate.value:.2f}\n[{rate.low:.2f}, {rate.high:.2f}]"
-            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if rate.value > 0.6 else "black")
-    axes.set_xticks(range(len(matrix.tasks)), matrix.tasks)
-    axes.set_yticks(range(len(matrix.arms)), matrix.arms)
-    axes.set_title(f"share of {values[0][0].trials} held-out problems solved", fontsize=9)
-    with matplotlib.rc_context({"svg.hashsalt": "veneer"}):
-        figure.savefig(path, metadata={"Date": None})
+    with picture(path, 2.2 + 1.9 * len(matrix.tasks), 1.2 + 0.55 * len(matrix.arms)) as figure:
+        axes = figure.subplots()
+        axes.imshow([[rate.value for rate in row] for row in values], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(values):
+            for x, rate in enumerate(row):
+                text = f"{rate.value:.2f}\n[{rate.low:.2f}, {rate.high:.2f}]"
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if rate.value > 0.6 else "black")
+        axes.set_xticks(range(len(matrix.tasks)), matrix.tasks)
+        axes.set_yticks(range(len(matrix.arms)), matrix.arms)
+        axes.set_title(f"share of {values[0][0].trials} held-out problems solved", fontsize=9)

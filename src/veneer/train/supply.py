@@ -66,9 +66,9 @@ class _Flight:
 class InFlight:
     """Groups go on being played while earlier ones are trained, up to ``max_lag`` steps behind the weights that they train.
 
-    A step takes groups that have ended, and waits only for those that would be too old behind it. So no episode is thrown away for
-    having taken long, which would teach the policy to be quick; and later turns of an episode are drawn from the version that is
-    newest when they begin.
+    While a step waits for its groups, those of the ``max_lag`` steps behind it are played too. It takes groups that have ended, and
+    waits only for those that would be too old behind it. So no episode is thrown away for having taken long, which would teach the
+    policy to be quick; and later turns of an episode are drawn from the version that is newest when they begin.
     """
 
     def __init__(self, policy: Policy, dataset: EnvDataset, schedule: Schedule, max_lag: int) -> None:
@@ -89,11 +89,11 @@ class InFlight:
             self._note_landings()
         chosen = [self._flights[i] for i in taken]
         self._flights = [flight for i, flight in enumerate(self._flights) if i not in taken]
-        self._launch(step)
         return [flight.task.result() for flight in sorted(chosen, key=lambda flight: flight.index)]
 
     def _launch(self, step: int) -> None:
-        while len(self._flights) < self._schedule.groups * self._max_lag:
+        """As many as this step and the ``max_lag`` behind it take: all of them could be in time."""
+        while len(self._flights) < self._schedule.groups * (self._max_lag + 1):
             index = self._schedule.first + self._started
             played = do_group_rollout(self._policy, self._dataset, "train", index, self._schedule.size, self._schedule.seed)
             self._flights.append(_Flight(index, step, asyncio.create_task(played)))
