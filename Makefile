@@ -7,13 +7,14 @@
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
 # make environments  the recipe of every environment on seeds 0-2 -> docs/results.md; about forty minutes on two cores
+# make studies      claims about low rank, as runs with a verdict -> docs/studies; about half an hour on two cores
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference environments bench nano clean
+.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference environments studies bench nano clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +50,9 @@ bridges: install
 
 environments: install
 	$(BIN)/python recipes/environment_seeds.py
+
+studies: install
+	$(BIN)/python recipes/studies.py $(ARGS)
 
 bench: install
 	for name in rl_step sample train concurrency toggle long http_step load async_rl; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done

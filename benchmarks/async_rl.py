@@ -3,9 +3,9 @@
     python benchmarks/async_rl.py           # JSON on stdout; --write also puts it into benchmarks/RESULTS.md
 
 The same runs for both, seed by seed: rank 1 on all linear maps of nano, questions about a website whose every answer takes a second,
-8 problems x 8 episodes a step. One side is ``rl.max_lag = 0``; the other has groups in flight up to two steps behind the weights that they
-train, with truncated importance weights. A side has reached the reward when the mean over three steps is at least 0.8; its seconds are
-counted from the first step on. A round is a seed, and runs both sides in processes of their own, one after the other.
+8 problems x 8 episodes a step. One side is ``rl.max_lag = 0``; the other has groups in flight up to a step behind the weights that
+they train, with truncated importance weights. A side has reached the reward when the mean over three steps is at least 0.8; its
+seconds are counted from the first step on. A round is a seed, and runs both sides in processes of their own, one after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from measure import Command, Json, Settings, in_worker, ratios, request_of, run, say, shown, spread, table_of
 
-SIDES: dict[str, Json] = {"synchronous": {}, "asynchronous": {"max_lag": 2, "correction": "truncated"}}
+SIDES: dict[str, Json] = {"synchronous": {}, "asynchronous": {"max_lag": 1, "correction": "truncated"}}
 STEPS, REWARD, OVER = 24, 0.8, 3
 """Steps of a run at most; the reward to be reached, as a mean over so many steps."""
 LATENCY = 1.0

@@ -66,7 +66,7 @@ def keep(study: Study, terms: Terms, result: Result, folder: Path) -> dict[str, 
 
 def page_of(study: Study, terms: Terms, result: Result) -> str:
     """As Markdown."""
-    lines = [f"## {study.question}", "", *study.about.splitlines()[2:], ""]
+    lines = [f"# {study.question}", "", *study.about.splitlines()[2:], ""]
     lines += ["| asked | verdict | |", "|---|---|---|"]
     lines += [f"| {finding.question} | **{finding.verdict}** | {finding.numbers} |" for finding in result.findings]
     made = f"{terms.seeds} seeds; learning rates chosen on {terms.choice_seeds} others. All runs together: {result.seconds:.0f} seconds."

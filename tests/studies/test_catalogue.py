@@ -1,0 +1,60 @@
+"""Every study keeps the rules that docs/studies.md states."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from veneer.studies.catalogue import DOCUMENT, STUDIES, find_study, keep, kept
+from veneer.studies.contest import Terms
+from veneer.studies.result import Finding, Result
+from veneer.train.config import make_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_has_a_grid_of_its_own(name: str) -> None:
+    """Five learning rates or more, rising by one factor of at most 3; settings that there are; the same work for all."""
+    module = importlib.import_module(f"veneer.studies.{name}")
+    arms = module.arms()
+    assert len({arm.name for arm in arms}) == len(arms) >= 2
+    work = set[str]()
+    for arm in arms:
+        factors = [b / a for a, b in itertools.pairwise(arm.rates)]
+        assert len(arm.rates) >= 5
+        assert factors == pytest.approx([factors[0]] * len(factors))
+        assert 1 < factors[0] <= 3
+        config = make_config({**module.SHARED, **arm.settings})
+        work.add(json.dumps([getattr(config, config.kind).model_dump(), config.env.model_dump(), config.eval.model_dump()]))
+    assert len(work) == 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_on_the_page(name: str) -> None:
+    page, study = (ROOT / "docs/studies.md").read_text(), find_study(name)
+    assert f"| `{name}` | {study.question} |" in page
+    assert study.about.splitlines()[1] == ""  # the page of a study leaves the first line to its title
+
+
+def test_what_is_kept_replaces_what_was(tmp_path: Path) -> None:
+    def made(verdict: str) -> Result:
+        return Result(
+            [Finding("asked", verdict, "0.1")], "| a |\n|---|\n", {"more": 1}, lambda path: path.write_text("<svg/>") and None, 3.0
+        )
+
+    folder = tmp_path / "rank"
+    for verdict in ("equal", "worse"):
+        keep(find_study("rank"), Terms(3, 1, ("rl.steps=2",)), made(verdict), folder)
+    ((document, where),) = kept(tmp_path)
+    assert where == folder
+    assert document["findings"] == [{"question": "asked", "verdict": "worse", "numbers": "0.1"}]
+    assert document["terms"] == {"seeds": 3, "choice_seeds": 1, "overrides": ["rl.steps=2"]}
+    assert document == json.loads((folder / DOCUMENT).read_text())
+    page = (folder / "study.md").read_text()
+    assert "| asked | **worse** | 0.1 |" in page
+    assert "`veneer study run rank --seeds 3 --choice-seeds 1 --set rl.steps=2`" in page
