@@ -106,7 +106,7 @@ def test_the_judge_of_the_page_is_understood(tmp_path: Path, monkeypatch: pytest
 
 def test_linked_files_exist() -> None:
     """No dead links in README and docs."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

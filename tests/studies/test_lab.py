@@ -198,7 +198,7 @@ def test_killed_it_goes_on(tmp_path: Path) -> None:
     script = KILLED.replace("TESTS", str(Path(__file__).parent)).replace("FOLDER", str(tmp_path)).replace("ENV", str(tmp_path / "slow.py"))
     script = script.replace("from pathlib", f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom pathlib")
     process = subprocess.Popen([sys.executable, "-c", script])
-    until(lambda: len(list((tmp_path / "runs").glob("*/checkpoints/step-*"))) >= 4)
+    until(lambda: len(list((tmp_path / "runs").glob("*/checkpoints/step-*"))) >= 4, seconds=180)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "runs").glob("*/outcome.json"))

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import threading
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,7 +49,7 @@ class Outcome:
     diverged: str | None
     """Why it could not go on: its numbers left every range. It is kept like any other."""
     seconds: float
-    """That it was under way, with others beside it."""
+    """That its steps took, with others beside it."""
 
     @property
     def score(self) -> float:
@@ -140,7 +139,7 @@ class Lab:
 
     async def _make(self, folder: Path, config: RunConfig, place: Place, done: Path) -> None:
         config = config.model_copy(update={"name": folder.name, "folder": str(folder)})
-        clock, diverged = time.perf_counter(), None
+        diverged = None
         run = Run(folder, config.to_toml())
         session = Session(place.engine, place.renderer, config, run, stop=self.stop)
         try:
@@ -150,7 +149,7 @@ class Lab:
                 diverged = str(error)
             weights = await place.engine.save_state(session.adapter, "sampler")
             write_adapter(folder / ADAPTER, weights, session.facts())
-            seconds = round(time.perf_counter() - clock, 1)
+            seconds = round(sum(sum(timing.values()) - timing["step"] for timing in run.timings()), 1)
             run.write(OUTCOME, json.dumps({"diverged": diverged, "seconds": seconds}) + "\n")
         finally:
             with suppress(AdapterError):  # it failed before it was made
