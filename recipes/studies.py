@@ -1,4 +1,4 @@
-"""Make the studies and put their pages and pictures into docs/studies: about half an hour of two CPU cores.
+"""Make the studies and put their pages and pictures into docs/studies: about an hour of two CPU cores.
 
     make studies     # or: python recipes/studies.py rank --seeds 8
 

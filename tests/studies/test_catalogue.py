@@ -43,9 +43,7 @@ def test_every_study_is_on_the_page(name: str) -> None:
 
 def test_what_is_kept_replaces_what_was(tmp_path: Path) -> None:
     def made(verdict: str) -> Result:
-        return Result(
-            [Finding("asked", verdict, "0.1")], "| a |\n|---|\n", {"more": 1}, lambda path: path.write_text("<svg/>") and None, 3.0
-        )
+        return Result([Finding("asked", verdict, "0.1")], "| a |\n|---|\n", {"more": 1}, lambda path: path.write_text("<svg/>") and None)
 
     folder = tmp_path / "rank"
     for verdict in ("equal", "worse"):

@@ -54,7 +54,6 @@ def keep(study: Study, terms: Terms, result: Result, folder: Path) -> dict[str, 
         "claims": list(study.claims),
         "terms": asdict(terms),
         "findings": [asdict(finding) for finding in result.findings],
-        "run_seconds": round(result.seconds),
         **result.document,
     }
     with new_folder(folder) as aside:
@@ -69,10 +68,9 @@ def page_of(study: Study, terms: Terms, result: Result) -> str:
     lines = [f"# {study.question}", "", *study.about.splitlines()[2:], ""]
     lines += ["| asked | verdict | |", "|---|---|---|"]
     lines += [f"| {finding.question} | **{finding.verdict}** | {finding.numbers} |" for finding in result.findings]
-    made = f"{terms.seeds} seeds; learning rates chosen on {terms.choice_seeds} others. All runs together: {result.seconds:.0f} seconds."
     command = f"veneer study run {study.name} --seeds {terms.seeds} --choice-seeds {terms.choice_seeds}"
     command += "".join(f" --set {override}" for override in terms.overrides)
-    return "\n".join([*lines, "", result.tables.rstrip(), "", made, f"`{command}`", ""])
+    return "\n".join([*lines, "", result.tables.rstrip(), "", f"`{command}`", ""])
 
 
 def kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.measure.intervals import Mean
 from veneer.measure.verdict import Comparison, t_interval
 from veneer.studies.contest import Contest, Entrant, Sweep
 from veneer.studies.drawing import picture
@@ -23,9 +24,7 @@ def contest_result(contest: Contest, question: str, more: Sequence[Finding] = ()
         if entrant.comparison is not None
     ]
     floor = Finding(f"noise floor: {against} on other seeds, compared with itself", contest.noise.verdict, str(contest.noise))
-    swept = [outcome for entrant in contest.entrants for outcomes in entrant.sweep.tried.values() for outcome in outcomes]
-    seconds = sum(outcome.seconds for outcome in [*swept, *(o for entrant in contest.entrants for o in entrant.outcomes)])
-    return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: draw_contest(contest, path), seconds)
+    return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: draw_contest(contest, path))
 
 
 # ---------------------------------------------------------------- tables
@@ -38,13 +37,22 @@ def _tables(contest: Contest) -> str:
         comparison = entrant.comparison
         verdict = ("-", "reference") if comparison is None else (str(comparison.difference), _short(comparison))
         before = sum(outcome.score_before for outcome in entrant.outcomes) / len(entrant.outcomes)
-        cells = (entrant.arm.name, _rate(entrant.sweep), f"{before:.3f}", str(t_interval(entrant.scores)), *verdict)
+        cells = (entrant.arm.name, _rate(entrant.sweep), f"{before:.3f}", _score(t_interval(entrant.scores)), *verdict)
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(f"| {against}, other seeds | the same | - | - | {contest.noise.difference} | {_short(contest.noise)} |")
-    lines += ["", "Mean score by learning rate on the seeds on which it is chosen; * is the best, d a rate at which runs diverged:", ""]
+    chosen = len(next(iter(contest.reference.sweep.tried.values())))
+    lines += [
+        "",
+        f"Scores of {len(contest.reference.scores)} seeds, with 95% intervals. Mean score by learning rate on the {chosen} others on",
+    ]
+    lines += ["which it is chosen; * is the best, d a rate at which runs diverged:", ""]
     lines += [f"- {entrant.arm.name}: {_swept(entrant.sweep)}; {_plateau(entrant, margin)}" for entrant in contest.entrants]
     diverged = [f"{e.arm.name}, seed {o.config.seed}: {o.diverged}" for e in contest.entrants for o in e.outcomes if o.diverged]
     return "\n".join([*lines, *([""] if diverged else []), *(f"- diverged: {line}" for line in diverged)]) + "\n"
+
+
+def _score(mean: Mean) -> str:
+    return f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
 
 
 def _short(comparison: Comparison) -> str:

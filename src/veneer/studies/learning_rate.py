@@ -89,9 +89,7 @@ def _result(by_rule: Mapping[str, Mapping[int, Sweep]], full: Sweep) -> Result:
         "rules": {rule: [_one(sweep) | {"rank": rank} for rank, sweep in sweeps.items()] for rule, sweeps in by_rule.items()},
         "full": _one(full),
     }
-    everything = [full, *(sweep for sweeps in by_rule.values() for sweep in sweeps.values())]
-    seconds = sum(outcome.seconds for sweep in everything for outcomes in sweep.tried.values() for outcome in outcomes)
-    return Result(findings, _tables(by_rule, full), document, lambda path: _draw(by_rule, full, path), seconds)
+    return Result(findings, _tables(by_rule, full), document, lambda path: _draw(by_rule, full, path))
 
 
 def _power(question: str, powers: Sequence[float], claimed: float) -> Finding:

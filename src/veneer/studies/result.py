@@ -28,5 +28,3 @@ class Result:
     """The same and more, as JSON."""
     draw: Callable[[Path], None]
     """The picture, written as SVG."""
-    seconds: float = 0.0
-    """Of all its runs, each for itself; what was taken over from another study counts too."""
