@@ -7,7 +7,7 @@
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
 # make environments  the recipe of every environment on seeds 0-2 -> docs/results.md; about forty minutes on two cores
-# make studies      claims about low rank, as runs with a verdict -> docs/studies; about half an hour on two cores
+# make studies      claims about low rank, as runs with a verdict -> docs/studies; about an hour on two cores
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
