@@ -12,7 +12,7 @@ from scipy import stats
 
 from veneer.measure.verdict import MOST_SEEDS, POWER, compare_seeds, t_interval
 
-DRAWS = 4000
+DRAWS = 2000
 SLACK = 3 * math.sqrt(0.05 * 0.95 / DRAWS)
 """Three standard errors of a simulated share of 5%."""
 NUMBERS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=12)

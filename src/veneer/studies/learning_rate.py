@@ -26,6 +26,8 @@ QUESTION = "Does the best learning rate depend on the rank, and is it ten times 
 CLAIMS = (7, 8, 9)
 RANKS: Sequence[int] = (1, 4, 16, 64)
 FIXED, GROWING = "alpha 32", "alpha 2 r"
+ROWS = 500
+"""Of which a fifth is held out."""
 SLOPE_MARGIN = 0.2
 """Of a power of the rank: from rank 4 to 64 it is less than a factor of 1.8."""
 RATIO_MARGIN = 1.0
@@ -42,7 +44,7 @@ def arms() -> Sequence[Arm]:
 
 
 async def conduct(lab: Lab, terms: Terms) -> Result:
-    data = write_demonstrations(lab.folder.parent / "data", rows=500, seed=0)
+    data = write_demonstrations(lab.folder.parent / "data", ROWS, seed=0)
     shared = overridden({**SHARED, "sft": {**SHARED["sft"], "data": str(data)}}, terms)
     sweeps = await sweep_all(lab, shared, arms(), terms.seeds)
     by_rule = {FIXED: dict(zip(RANKS, sweeps, strict=False)), GROWING: dict(zip(RANKS, sweeps[len(RANKS) :], strict=False))}
