@@ -16,6 +16,7 @@ from veneer.studies.contest import AGAIN, CHOICE, Arm, Contest, Terms, hold_cont
 from veneer.studies.contest_page import contest_result
 from veneer.types import ConfigError
 
+pytestmark = pytest.mark.xdist_group("contest")  # its runs are made once
 RATES = (1e-3, 3e-3, 9e-3)
 TERMS = Terms(seeds=4, choice_seeds=1)
 ARMS = [
