@@ -45,7 +45,9 @@ def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Pa
     assert "--set rl.steps=1" in (folder / "study.md").read_text()
 
     assert [one["study"] for one in veneer(home, "study", "report", "--json").document] == ["rank"]
-    assert "noise floor" in " ".join(veneer(home, "study", "report").out.split())
+    told = " ".join(veneer(home, "study", "report").out.split())
+    assert "noise floor" in told
+    assert "rank --seeds 2 --choice-seeds 1 --set rl.steps=1" in told  # nobody takes a first look for the study
     listed = {one["name"]: one for one in veneer(home, "study", "list", "--json").document}
     assert listed["rank"]["answered"]
     assert not list(home.glob("runs/*"))
@@ -59,6 +61,13 @@ def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Pa
         (["run", "nothing-like-it"], "there are rank"),
         (["run", "rank", "--set", "rl.stebs=3"], "unknown key 'rl.stebs'; did you mean 'rl.steps'?"),
         (["run", "rank", "--set", "env.name=sorrt"], "sorrt"),
+        (["run", "rank", "--set", "seed=5"], "the study itself decides seed"),
+        (["run", "rank", "--set", "rl.learning_rate=1e-3"], "the study itself decides rl.learning_rate"),
+        (["run", "rank", "--set", "lora.rank=8"], "the study itself decides lora.rank"),
+        (["run", "rank", "--set", "weights=full"], "the study itself decides weights"),
+        (["run", "learning_rate", "--set", "lora.alpha=8"], "the study itself decides lora.alpha"),
+        (["run", "rank", "--set", "kind=sft"], "the study itself decides kind"),
+        (["run", "rank", "--set", "rl.steps=-1"], "rl.steps"),
         (["run", "rank", "--set", "base=/nowhere"], "no such folder"),
         (["run", "rank", "--seeds", "1"], "1 is not in the range"),
         (["run", "rank", "--device", "tpu"], "tpu"),

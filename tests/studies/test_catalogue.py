@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_every_arm_has_a_grid_of_its_own(name: str) -> None:
 def test_every_study_is_on_the_page(name: str) -> None:
     page, study = (ROOT / "docs/studies.md").read_text(), find_study(name)
     assert f"| `{name}` | {study.question} |" in page
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    assert [int(number) for number in re.findall(r"(\d+): ", row)] == list(study.claims)
     assert study.about.splitlines()[1] == ""  # the page of a study leaves the first line to its title
 
 

@@ -109,9 +109,16 @@ def _in_words(outcome: Outcome) -> str:
 @json_option
 def report(as_json: bool) -> None:
     """Print the verdicts of all studies that were made."""
-    from veneer.studies.catalogue import kept
+    from veneer.studies.catalogue import in_options, kept
 
     documents = [document for document, _ in kept(_home())]
-    rows = [(d["study"], f["question"], f["verdict"], f["numbers"]) for d in documents for f in d["findings"]]
-    empty = "no study was made yet; begin with: veneer study run rank"
-    emit(documents, as_json, lambda: print_table(("study", "asked", "verdict", ""), rows, empty))
+
+    def human() -> None:
+        if not documents:
+            print("no study was made yet; begin with: veneer study run rank")
+        for document in documents:
+            print(f"{document['study']} {in_options(document['terms'])}")
+            rows = [(finding["question"], finding["verdict"], finding["numbers"]) for finding in document["findings"]]
+            print_table(("asked", "verdict", ""), rows, "")
+
+    emit(documents, as_json, human)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,14 @@ def page_of(study: Study, terms: Terms, result: Result) -> str:
     lines = [f"# {study.question}", "", *study.about.splitlines()[2:], ""]
     lines += ["| asked | verdict | |", "|---|---|---|"]
     lines += [f"| {finding.question} | **{finding.verdict}** | {finding.numbers} |" for finding in result.findings]
-    command = f"veneer study run {study.name} --seeds {terms.seeds} --choice-seeds {terms.choice_seeds}"
-    command += "".join(f" --set {override}" for override in terms.overrides)
+    command = f"veneer study run {study.name} {in_options(asdict(terms))}"
     return "\n".join([*lines, "", result.tables.rstrip(), "", f"`{command}`", ""])
+
+
+def in_options(terms: Mapping[str, Any]) -> str:
+    """The terms of a kept document as they are typed."""
+    sets = [f"--set {override}" for override in terms["overrides"]]
+    return " ".join([f"--seeds {terms['seeds']}", f"--choice-seeds {terms['choice_seeds']}", *sets])
 
 
 def kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:

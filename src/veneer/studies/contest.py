@@ -16,6 +16,7 @@ from typing import Any, Literal
 from veneer.measure.verdict import Comparison, compare_seeds
 from veneer.studies.lab import Lab, Outcome
 from veneer.train.config import RunConfig, make_config, override_in
+from veneer.types import ConfigError
 
 CHOICE, AGAIN = 1000, 2000
 """The first seed of those on which learning rates are chosen, and of those of the noise floor; compared are 0, 1, 2 and so on."""
@@ -104,7 +105,7 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
         ConfigError: a setting that there is not.
         Interrupted, VeneerError: as ``Lab.run``.
     """
-    shared = overridden(shared, terms)
+    shared = overridden(shared, arms, terms)
     sweeps = await sweep_all(lab, shared, arms, terms.choice_seeds)
     seeds = range(terms.seeds)
     plan = {arm.name: [_config(shared, arm, sweep.best, seed) for seed in seeds] for arm, sweep in zip(arms, sweeps, strict=True)}
@@ -121,16 +122,27 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
     return Contest(entrants, noise, margin)
 
 
-def overridden(shared: Mapping[str, Any], terms: Terms) -> dict[str, Any]:
+def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> dict[str, Any]:
     """What all runs share, as whoever asks wants it.
 
     Raises:
-        ConfigError: an override cannot be applied.
+        ConfigError: an override cannot be applied, or is of what the study itself decides.
     """
     tree = copy.deepcopy(dict(shared))
+    decided = {"kind", "seed", "name", "folder", "device", f"{tree.get('kind', 'rl')}.learning_rate"}
+    decided |= {key for arm in arms for key in _keys(arm.settings)}
     for override in terms.overrides:
+        key = override.partition("=")[0].strip()
+        if key in decided:
+            raise ConfigError(f"--set {override}: the study itself decides {key}; leave it out")
         override_in(tree, override)
     return tree
+
+
+def _keys(tree: Mapping[str, Any]) -> set[str]:
+    """Dotted names of all values."""
+    nested = {f"{key}.{inner}" for key, value in tree.items() if isinstance(value, Mapping) for inner in _keys(value)}
+    return nested | {key for key, value in tree.items() if not isinstance(value, Mapping)}
 
 
 async def sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], choice_seeds: int) -> list[Sweep]:

@@ -45,7 +45,7 @@ def arms() -> Sequence[Arm]:
 
 async def conduct(lab: Lab, terms: Terms) -> Result:
     data = write_demonstrations(lab.folder.parent / "data", ROWS, seed=0)
-    shared = overridden({**SHARED, "sft": {**SHARED["sft"], "data": str(data)}}, terms)
+    shared = overridden({**SHARED, "sft": {**SHARED["sft"], "data": str(data)}}, arms(), terms)
     sweeps = await sweep_all(lab, shared, arms(), terms.seeds)
     by_rule = {FIXED: dict(zip(RANKS, sweeps, strict=False)), GROWING: dict(zip(RANKS, sweeps[len(RANKS) :], strict=False))}
     return _result(by_rule, sweeps[-1])
