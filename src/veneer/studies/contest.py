@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from veneer.measure.verdict import Comparison, compare_seeds
@@ -108,8 +108,8 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
     shared = overridden(shared, arms, terms)
     sweeps = await sweep_all(lab, shared, arms, terms.choice_seeds)
     seeds = range(terms.seeds)
-    plan = {arm.name: [_config(shared, arm, sweep.best, seed) for seed in seeds] for arm, sweep in zip(arms, sweeps, strict=True)}
-    again = [_config(shared, arms[0], sweeps[0].best, AGAIN + seed) for seed in seeds]
+    plan = {arm.name: [config_of(shared, arm, sweep.best, seed) for seed in seeds] for arm, sweep in zip(arms, sweeps, strict=True)}
+    again = [config_of(shared, arms[0], sweeps[0].best, AGAIN + seed) for seed in seeds]
     outcomes = iter(await lab.run([*(config for configs in plan.values() for config in configs), *again]))
     runs = {name: [next(outcomes) for _ in configs] for name, configs in plan.items()}
     reference = [outcome.score for outcome in runs[arms[0].name]]
@@ -136,7 +136,14 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
         if key in decided:
             raise ConfigError(f"--set {override}: the study itself decides {key}; leave it out")
         override_in(tree, override)
+    config_of(tree, arms[0], arms[0].rates[0], 0)  # what is wrong is said before anything runs
     return tree
+
+
+def terms_for(terms: Terms, kind: str) -> Terms:
+    """For a study that trains in two ways: without overrides of the other's table, such as sft.steps where ``kind`` is rl."""
+    other = {"rl": "sft.", "sft": "rl."}[kind]
+    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(other)))
 
 
 def _keys(tree: Mapping[str, Any]) -> set[str]:
@@ -155,7 +162,7 @@ async def sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], ch
 
     async def add(rates: Sequence[Sequence[float]]) -> None:
         wanted = [(i, rate) for i, more in enumerate(rates) for rate in more]
-        configs = [_config(shared, arms[i], rate, CHOICE + seed) for i, rate in wanted for seed in range(choice_seeds)]
+        configs = [config_of(shared, arms[i], rate, CHOICE + seed) for i, rate in wanted for seed in range(choice_seeds)]
         outcomes = iter(await lab.run(configs))
         for i, rate in wanted:
             tried[i][rate] = [next(outcomes) for _ in range(choice_seeds)]
@@ -190,7 +197,8 @@ def _beyond(rates: Sequence[float], best: float) -> list[float]:
     return [best * factor, best * factor**2] if best == rates[-1] else []
 
 
-def _config(shared: Mapping[str, Any], arm: Arm, rate: float, seed: int) -> RunConfig:
+def config_of(shared: Mapping[str, Any], arm: Arm, rate: float, seed: int) -> RunConfig:
+    """Of one run."""
     tree = _merged(shared, arm.settings)
     kind = tree.get("kind", "rl")
     return make_config(_merged(tree, {"seed": seed, kind: {"learning_rate": float(f"{rate:.6g}")}}))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.measure.intervals import Mean
 from veneer.measure.verdict import Comparison, t_interval
 from veneer.studies.contest import Contest, Entrant, Sweep
 from veneer.studies.drawing import picture
 from veneer.studies.result import Finding, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
 
 COLOURS = ("#555555", "#0066cc", "#cc5500", "#228833", "#aa3377", "#997700")
 
@@ -24,7 +27,7 @@ def contest_result(contest: Contest, question: str, more: Sequence[Finding] = ()
         if entrant.comparison is not None
     ]
     floor = Finding(f"noise floor: {against} on other seeds, compared with itself", contest.noise.verdict, str(contest.noise))
-    return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: draw_contest(contest, path))
+    return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: _draw(contest, path))
 
 
 # ---------------------------------------------------------------- tables
@@ -115,23 +118,28 @@ def _compared(comparison: Comparison) -> dict[str, Any]:
 # ---------------------------------------------------------------- picture
 
 
-def draw_contest(contest: Contest, path: Path) -> None:
-    """Left: what each learning rate reaches. Right: every seed at the best one, and the arms' 95% intervals."""
+def _draw(contest: Contest, path: Path) -> None:
     with picture(path, 8.4, 3.2) as figure:
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))  # differences of a few points need a scale of their own
-        for place, entrant in enumerate(contest.entrants):
-            colour, means = COLOURS[place % len(COLOURS)], entrant.sweep.means
-            left.plot(list(means), list(means.values()), color=colour, marker="o", markersize=3, label=entrant.arm.name)
-            for rate, outcomes in entrant.sweep.tried.items():
-                left.scatter([rate] * len(outcomes), [o.score for o in outcomes], color=colour, s=6, alpha=0.4, linewidth=0)
-            around = t_interval(entrant.scores)
-            bar = ([around.value - around.low], [around.high - around.value])
-            right.errorbar([place], [around.value], yerr=bar, color=colour, fmt="o", capsize=4, markersize=5)
-            right.scatter([place + 0.2] * len(entrant.scores), entrant.scores, color=colour, s=10, alpha=0.6, linewidth=0)
-        left.set_xscale("log")
-        left.set_xlabel("learning rate")
-        left.set_ylabel("held-out score")
-        left.legend(frameon=False)
-        right.set_xticks(range(len(contest.entrants)), [entrant.arm.name for entrant in contest.entrants])
-        right.set_xlim(-0.5, len(contest.entrants) - 0.2)
-        right.set_xlabel("at its best learning rate, fresh seeds")
+        draw_contest(contest, figure)
+
+
+def draw_contest(contest: Contest, figure: FigureBase) -> None:
+    """Left: what each learning rate reaches. Right: every seed at the best one, and the arms' 95% intervals."""
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))  # differences of a few points need a scale of their own
+    for place, entrant in enumerate(contest.entrants):
+        colour, means = COLOURS[place % len(COLOURS)], entrant.sweep.means
+        left.plot(list(means), list(means.values()), color=colour, marker="o", markersize=3, label=entrant.arm.name)
+        for rate, outcomes in entrant.sweep.tried.items():
+            left.scatter([rate] * len(outcomes), [o.score for o in outcomes], color=colour, s=6, alpha=0.4, linewidth=0)
+        around = t_interval(entrant.scores)
+        bar = ([around.value - around.low], [around.high - around.value])
+        right.errorbar([place], [around.value], yerr=bar, color=colour, fmt="o", capsize=4, markersize=5)
+        right.scatter([place + 0.2] * len(entrant.scores), entrant.scores, color=colour, s=10, alpha=0.6, linewidth=0)
+    left.set_xscale("log")
+    left.set_xlabel("learning rate")
+    left.set_ylabel("held-out score")
+    left.legend(frameon=False)
+    right.set_xticks(range(len(contest.entrants)), [entrant.arm.name for entrant in contest.entrants])
+    right.tick_params(axis="x", rotation=0 if len(contest.entrants) < 5 else 20)  # or names run into each other
+    right.set_xlim(-0.5, len(contest.entrants) - 0.2)
+    right.set_xlabel("at its best learning rate, fresh seeds")

@@ -25,6 +25,8 @@ from veneer.train.session import Interrupted, Session
 from veneer.types import AdapterError, ConfigError, DivergedError, Engine
 
 OUTCOME, ADAPTER = "outcome.json", "adapter"
+COUNTED = "(counted)"
+"""An adapter that is made to be counted; no run can have this name."""
 PACKAGE = Path(__file__).parents[1]
 ORIGIN = ("assets", "engine", "envs", "render", "train")
 """The parts of Veneer that decide what a run comes to."""
@@ -103,6 +105,18 @@ class Lab:
 
             await self._together([one(folder, config) for folder, config in here.items()])
         return [found[self._folder(config)] for config in configs]
+
+    def trainable(self, config: RunConfig) -> int:
+        """How many parameters a run trains.
+
+        Raises:
+            VeneerError: there is no such base, or no adapter of this kind on it.
+        """
+        config = config.model_copy(update={"device": self.device})
+        engine = (self._places.get(_place_of(config)) or self._open(config)).engine
+        count = engine.create_adapter(COUNTED, config.lora_config())
+        engine.remove_adapter(COUNTED)
+        return count
 
     async def _together(self, runs: Sequence[Awaitable[None]]) -> None:
         """Wait for all, whatever becomes of one: they save their state before anything is raised."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +28,10 @@ class Result:
     """The same and more, as JSON."""
     draw: Callable[[Path], None]
     """The picture, written as SVG."""
+
+
+def joined(parts: Mapping[str, Result], heading: str, draw: Callable[[Path], None]) -> Result:
+    """Of a study that answers its question in several ways, by their names. ``heading``: Markdown above the tables of all."""
+    findings = [replace(finding, question=f"{way}: {finding.question}") for way, part in parts.items() for finding in part.findings]
+    tables = "\n".join([heading, *(f"## {way[0].upper()}{way[1:]}\n\n{part.tables}" for way, part in parts.items())])
+    return Result(findings, tables, {"ways": {way: part.document for way, part in parts.items()}}, draw)
