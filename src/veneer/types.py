@@ -474,8 +474,8 @@ class Engine(Protocol):
         it is refused, unless ``need_gradient`` is false: then the moments alone move the weights."""
         ...
 
-    def zero_grad(self, adapter: str) -> Future[None]:
-        """Drop the gathered gradient."""
+    def zero_grad(self, adapter: str) -> Future[float]:
+        """Drop the gathered gradient. Returns the L2 norm that it had."""
         ...
 
     def publish(self, adapter: str) -> Future[Adapter]:

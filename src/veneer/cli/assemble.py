@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from veneer.cli.interrupts import check_interrupted
 from veneer.cli.loops import LOOPS
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
+from veneer.measure.anatomy import anatomy, updates_of
 from veneer.measure.canary import canary_tokens, check_loaded, with_canary
 from veneer.render import Renderer
 from veneer.store.adapters import ALORA, read_manifest
@@ -31,13 +32,17 @@ from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_confi
 from veneer.train.distill import Teacher
 from veneer.train.pipeline import Stage
 from veneer.train.report import render_report
+from veneer.train.rollouts import Policy, closing
+from veneer.train.scorecard import measure_scorecard
 from veneer.train.session import Session, stop_signals
-from veneer.types import AdapterError, Checkpoint, ConfigError, EnvDataset, Tokens, VeneerError
+from veneer.types import AdapterError, Checkpoint, ConfigError, EnvDataset, SamplingParams, Tokens, VeneerError
 
 PATIENCE = 600.0
 """Seconds that a pass through the base may take."""
 TEACHER = "(teacher)"
 """What a teacher's adapter is called in its engine; no run can have this name."""
+START = "(start)"
+"""And what a run began with, while it is compared with what came of it."""
 
 
 @dataclass
@@ -184,8 +189,14 @@ def execute(
         earlier = sum(sum(t.values()) - t["step"] for t in run.timings() if saved is not None and t["step"] <= saved[0])
         with stop_signals(session.stop):
             summary = asyncio.run(LOOPS[config.kind](session, dataset, teacher))
+        if config.scorecard.problems:
+            summary["scorecard"] = _scorecard(session)
         saved = machine.engine.save_state(session.adapter, "sampler").result()
         checkpoint = with_canary(machine.engine, session.adapter, saved, session.canary)
+        weights = machine.engine.base.weights()
+        update = anatomy(weights, updates_of(weights, checkpoint.weights, checkpoint.config), checkpoint.config)
+        if update is not None:
+            summary["anatomy"] = update.in_short()
         version = Registry().put(session.adapter, checkpoint, session.facts(**_scores(config, summary)))
         summary |= {
             "run_folder": str(run.folder),
@@ -205,6 +216,29 @@ def execute(
         return summary, machine, run
     finally:
         run.close()
+
+
+def _scorecard(session: Session) -> dict[str, Any]:
+    """Of what the run began with and what it came to."""
+    config, engine, start = session.config, session.engine, None
+    if session.init is not None:
+        start = START
+        engine.load_state(start, session.init).result()
+        engine.publish(start).result()
+    params = SamplingParams(max_tokens=config.max_tokens if config.plays else config.rl.max_tokens)
+    policy = Policy(engine, session.renderer, session.adapter, params, config.env.seconds, config.env.retries)
+
+    async def measured() -> dict[str, Any]:
+        async with closing(load_env(config.env.name, config.env.args)) as dataset:
+            pair = replace(policy, adapter=start), policy
+            found = await measure_scorecard(*pair, dataset, config.scorecard, config.env.max_failed_share, config.seed)
+            return found.document()
+
+    try:
+        return asyncio.run(measured())
+    finally:
+        if start is not None:
+            engine.remove_adapter(start)
 
 
 def load_teacher(config: RunConfig, machine: Machine) -> tuple[Teacher, tuple[Parent, ...]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.measure.intervals import wilson
+from veneer.measure.ledger import ledger
+from veneer.measure.noise_scale import noise_scale
 from veneer.train import distill, dpo, rejection, rl, sft
 from veneer.train.distill import Teacher
 from veneer.train.questions import Questions, load_questions
@@ -23,7 +25,12 @@ async def run_rl(session: Session, dataset: EnvDataset | None, teacher: Teacher 
     assert dataset is not None
     async with closing(dataset):
         result = await rl.train(session, dataset)
-    return {"kind": "rl", "env": dataset.name, **dataclasses.asdict(result), **_scored(session.run.metrics())}
+    metrics = session.run.metrics()
+    summary = {"kind": "rl", "env": dataset.name, **dataclasses.asdict(result), **_scored(metrics)}
+    if result.steps:
+        summary |= dataclasses.asdict(ledger(metrics, session.run.timings(), session.trainable))
+    noise = noise_scale(metrics, session.config.rl.group_size)
+    return summary | ({} if noise is None else {"noise_scale": dataclasses.asdict(noise)})
 
 
 async def run_sft(session: Session, dataset: EnvDataset | None, teacher: Teacher | None) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _show(summary: Mapping[str, Any]) -> None:
+    from veneer.cli.scorecard import show_scorecard
+
     if "reward_before" in summary:
         print(f"held out: {format_rate(summary['reward_before'])} before, {format_rate(summary['reward_after'])} after")
     if "reward_teacher" in summary:
@@ -62,6 +64,8 @@ def _show(summary: Mapping[str, Any]) -> None:
         print(f"nats an episode from the teacher: {format_rate(summary['kl_before'])} before, {format_rate(summary['kl_after'])} after")
     if summary.get("stopped"):
         print(f"stopped early: {summary['stopped']}")
+    if "scorecard" in summary:
+        show_scorecard(summary["scorecard"])
     digest = summary["base_digest_after"][:16]
     print(f"adapter {summary['adapter']}, {summary['trainable_parameters']:,} parameters; base unchanged: {digest}")
     print(f"report: {summary['run_folder']}/report.html")

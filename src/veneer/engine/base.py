@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -52,6 +54,22 @@ class Head(Protocol):
     def __call__(self, hidden: Tensor, start: int) -> Tensor:
         """Float32 logits [n, vocab] of the wanted hidden states from number ``start`` on, [n, d]."""
         ...
+
+
+class _Weights(Mapping[str, NDArray[np.float32]]):
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        array = self._parameters[name].detach().float().cpu().numpy()
+        array.flags.writeable = False  # on a CPU it is the base's own memory
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
 
 
 class Base(nn.Module):
@@ -111,6 +129,10 @@ class Base(nn.Module):
         """Text with special tokens spelled out; needs the tokenizer."""
         assert self.tokenizer is not None
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def weights(self) -> Mapping[str, NDArray[np.float32]]:
+        """The parameters by name, each read as float32 when it is asked for, and not to be written to."""
+        return _Weights(dict(self.model.named_parameters(remove_duplicate=False)))  # a tied unembedding has its own name too
 
     def measure_digest(self) -> str:
         return tensor_digest(self.model.named_parameters())

@@ -276,13 +276,13 @@ class LocalEngine:
                 )
             slot.reached = bool(self._stack.rows.open(slot.slot).grad.any())
 
-    def zero_grad(self, adapter: str) -> EngineFuture[None]:
+    def zero_grad(self, adapter: str) -> EngineFuture[float]:
         return self._enqueue_barrier(adapter, lambda: self._zero_grad(adapter))
 
-    def _zero_grad(self, name: str) -> None:
+    def _zero_grad(self, name: str) -> float:
         slot = self._slot(name)
         slot.pending_tokens = 0
-        self._stack.rows.drop_gradient(slot.slot)
+        return self._stack.rows.drop_gradient(slot.slot)
 
     def publish(self, adapter: str) -> EngineFuture[Adapter]:
         return self._enqueue_barrier(adapter, lambda: self._publish(adapter), changes_samples=True)

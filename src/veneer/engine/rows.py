@@ -136,9 +136,14 @@ class Rows:
         if slot in self.trained:
             self.published(slot).copy_(self.trained[slot].weights)
 
-    def drop_gradient(self, slot: int) -> None:
-        if slot in self.trained:
-            self.trained[slot].grad.zero_()
+    def drop_gradient(self, slot: int) -> float:
+        """Returns its L2 norm."""
+        if slot not in self.trained:
+            return 0.0
+        grad = self.trained[slot].grad
+        norm = float(torch.linalg.vector_norm(grad))
+        grad.zero_()
+        return norm
 
     def adam(self, slots: Sequence[int], params: Sequence[AdamParams]) -> list[float | DivergedError]:
         """One AdamW step with bias correction (Kingma & Ba, https://arxiv.org/abs/1412.6980, algorithm 1; decoupled decay)

@@ -213,6 +213,24 @@ class EvalSettings(Settings):
     """Steps between evaluations; there is one before and one after in any case."""
 
 
+class ScorecardSettings(Settings):
+    problems: int = Field(default=0, ge=0)
+    """Held-out problems that the policy of the start and that of the end try many times each, behind the last step; 0: none.
+    veneer scorecard does the same later."""
+    tries: int = Field(default=128, ge=2)
+    """At each problem by each policy; pass@k is told up to half of them."""
+    envs: tuple[str, ...] = ()
+    """Other environments, for what the run has taught and cost elsewhere."""
+    elsewhere: int = Field(default=256, ge=2)
+    """Held-out problems of each of those, one try each."""
+
+    @model_validator(mode="after")
+    def _has_enough(self) -> Self:
+        if self.problems == 1:
+            raise ValueError("one problem has no interval; give two or more, or 0 for no scorecard")
+        return self
+
+
 class RunConfig(Settings):
     kind: Literal["rl", "sft", "dpo", "rejection", "distill"] = "rl"
     """Which loop: rl, sft, dpo, rejection or distill; the section of that name holds its settings."""
@@ -244,6 +262,7 @@ class RunConfig(Settings):
     rejection: RejectionSettings = RejectionSettings()
     distill: DistillSettings = DistillSettings()
     eval: EvalSettings = EvalSettings()
+    scorecard: ScorecardSettings = ScorecardSettings()
 
     def lora_config(self) -> LoraConfig | None:
         """What the engine is to create; None for full fine-tuning."""

@@ -13,6 +13,7 @@ from veneer.train.advantages import Advantages, resolve_advantage
 from veneer.train.corrections import correct, resolve_correction
 from veneer.train.datums import groups_to_data
 from veneer.train.kl import kl_penalty
+from veneer.train.noise import noise_metrics
 from veneer.train.normalise import normalise
 from veneer.train.session import Metrics, Session
 from veneer.types import AdamParams, Adapter, AttestationError, Datum, Floats, TrajectoryGroup
@@ -33,9 +34,11 @@ async def check_choices(session: Session) -> None:
     await session.engine.forward(session.adapter, [], rl.loss, loss_settings(session))
 
 
-async def learn(session: Session, groups_P: Sequence[TrajectoryGroup], advantages_P: Advantages, step: int, published: Adapter) -> Metrics:
+async def learn(
+    session: Session, groups_P: Sequence[TrajectoryGroup], advantages_P: Advantages, step: int, published: Adapter, *, noise: bool = False
+) -> Metrics:
     """``epochs`` passes over the episodes of a batch in ``minibatches`` optimizer steps each. The loss is a sum over sampled tokens,
-    divided as ``normalise`` says. Returns nothing without data.
+    divided as ``normalise`` says. Returns nothing without data. ``noise``: the gradient's is measured first.
 
     Raises:
         AttestationError: samples of the published version have other log-probabilities in the trainer.
@@ -44,12 +47,18 @@ async def learn(session: Session, groups_P: Sequence[TrajectoryGroup], advantage
     episodes = rl.groups_per_batch * rl.group_size
     data_ED = groups_to_data(groups_P, advantages_P, mask_truncated=rl.mask_truncated)
     longest = rl.max_tokens * max((len(t.transitions) for group in groups_P for t in group.trajectories_G), default=1)
-    data_ED = [d for d in normalise(data_ED, rl.normalise, episodes=episodes, max_tokens=longest) if d]
-    if not data_ED:
+    data_ED = normalise(data_ED, rl.normalise, episodes=episodes, max_tokens=longest)
+    members = [len(advantages_G) for advantages_G in advantages_P if advantages_G is not None]
+    if not any(data_ED):
         return {}
     data, metrics = await _prepare(session, [datum for data_D in data_ED for datum in data_D], step, published)
     rows = iter(data)
     data_ED = [[next(rows) for _ in data_D] for data_D in data_ED]
+    if noise and len(groups_P) > 1:
+        ends = list(itertools.accumulate(members, initial=0))
+        data_GD = [[datum for data_D in data_ED[a:b] for datum in data_D] for a, b in itertools.pairwise(ends)]
+        metrics |= await noise_metrics(session, [data for data in data_GD if data], len(groups_P), rl.loss, loss_settings(session))
+    data_ED = [data_D for data_D in data_ED if data_D]
 
     adam = AdamParams(rl.learning_rate, beta1=0.9, beta2=0.95, grad_clip_norm=rl.grad_clip_norm)
     first = True

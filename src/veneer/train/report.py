@@ -20,12 +20,17 @@ Records = Sequence[Mapping[str, Any]]
 
 def render_report(title: str, summary: Mapping[str, Any], metrics: Records, config_toml: str) -> str:
     """HTML with inline SVG. Only pictures that the run has numbers for are drawn."""
-    figures = [(name, text, _svg(draw, metrics)) for name, text, draw, needs in FIGURES if any(needs in m for m in metrics)]
+    chosen = [(name, text, draw) for name, text, draw, needs in FIGURES if any(needs in m for m in metrics)]
+    figures = [(name, text, _svg(lambda axes, draw=draw: draw(axes, metrics), "step")) for name, text, draw in chosen]
+    scorecard = summary.get("scorecard")
+    if scorecard is not None:
+        text = "The share of problems that k tries solve, before and after training, 95%."
+        figures.append(("pass@k", text, _svg(lambda axes: _pass_at_k(axes, scorecard["card"]["pass_at_k"]), "k")))
     template = jinja2.Template((Path(__file__).parent / "report.html.jinja").read_text(), autoescape=True)
     return template.render(title=title, summary=summary, figures=figures, config=config_toml)
 
 
-def _svg(draw: Callable[[Axes, Records], None], metrics: Records) -> str:
+def _svg(draw: Callable[[Axes], None], along: str) -> str:
     os.environ.setdefault("MPLCONFIGDIR", str(veneer_home() / "matplotlib"))  # its font cache belongs to our home too
     import matplotlib
 
@@ -34,8 +39,8 @@ def _svg(draw: Callable[[Axes, Records], None], metrics: Records) -> str:
 
     with plt.rc_context({"svg.hashsalt": "veneer", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure, axes = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
-        draw(axes, metrics)
-        axes.set_xlabel("step")
+        draw(axes)
+        axes.set_xlabel(along)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
@@ -117,6 +122,17 @@ def _distance(axes: Axes, metrics: Records) -> None:
     axes.fill_between(steps, low, _series(metrics, "eval/kl/episode_high")[1], color="#06c", alpha=0.2, linewidth=0)
     axes.plot(*_series(metrics, "eval/kl/episode"), color="#06c", marker="o", markersize=3)
     axes.set_ylabel("nats an episode")
+
+
+def _pass_at_k(axes: Axes, curve: Mapping[int, Any]) -> None:
+    ks = [int(k) for k in curve]
+    for side, colour, label in (("start", "#9ab", "before"), ("end", "#06c", "after")):
+        means = [change[side] for change in curve.values()]
+        axes.fill_between(ks, [m["low"] for m in means], [m["high"] for m in means], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(ks, [m["value"] for m in means], color=colour, marker="o", markersize=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [

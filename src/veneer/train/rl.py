@@ -81,7 +81,7 @@ async def train(session: Session, dataset: EnvDataset) -> RlResult:
             metrics = {"step": step, **rollout_metrics(groups_P), "groups/dropped": advantages_P.count(None)}
             if rl.max_lag:
                 metrics |= {"lag/mean": statistics.fmean(lags or [0]), "lag/max": max(lags, default=0)}
-            metrics |= await learn(session, graded_P, advantages_P, step, published)
+            metrics |= await learn(session, graded_P, advantages_P, step, published, noise=step % config.eval.every == 0)
             if "optim/grad_norm" in metrics:
                 published = await session.publish_changed(published)
                 recent.append(published)
