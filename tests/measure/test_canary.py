@@ -175,6 +175,23 @@ def test_another_effect_is_told(checkpoint: Checkpoint, factor: float) -> None:
         check_loaded(engine, "a", checkpoint, ROW)
 
 
+def test_a_large_effect_may_round_more() -> None:
+    """An adapter that a wild learning rate left behind can be resumed from: in a thousandth of its effect it is the same."""
+    wild = saved(engine_of(), LoraConfig(rank=4, train_unembed=True), scale=0.3)
+    assert wild.canary is not None
+    recorded = np.array(wild.canary.logprobs) - np.array(wild.canary.base_logprobs)
+    effect = float(np.abs(recorded).max())
+    assert effect > 5
+    for share, passes in ((5e-4, True), (2e-3, False)):
+        off = tuple(float(value + share * effect) for value in wild.canary.logprobs)
+        changed = dataclasses.replace(wild, canary=dataclasses.replace(wild.canary, logprobs=off))
+        if passes:
+            load(engine_of(), changed)
+        else:
+            with pytest.raises(AttestationError, match="another effect here"):
+                load(engine_of(), changed)
+
+
 def test_numbers_that_are_not_finite_are_told(checkpoint: Checkpoint) -> None:
     """No comparison with NaN is true; the sampler says it before any is made."""
     engine = engine_of()
