@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.measure.bits import reward_bits
+from veneer.measure.bits import advantage_bits, corrected_bits, entropy_bits, expected_reward_bits, reward_bits
 from veneer.measure.intervals import mean_interval, reward_interval, wilson
 
 
@@ -125,3 +126,60 @@ def test_constant_groups_carry_nothing(reward: float, size: int) -> None:
 def test_bits_of_distinct_rewards() -> None:
     """Four different rewards: two bits each."""
     assert reward_bits([0.0, 0.25, 0.5, 1.0]) == pytest.approx(8.0)
+
+
+# ---------------------------------------------------------------- pass or fail at a known chance
+
+
+def entropy(weights: list[float]) -> float:
+    return -math.fsum(w * math.log2(w) for w in weights if w > 0)
+
+
+def of_groups(chance: float, size: int) -> list[tuple[float, tuple[float, ...]]]:
+    """Every group there can be, with its probability."""
+    groups = itertools.product((0.0, 1.0), repeat=size)
+    return [(math.prod(chance if r else 1 - chance for r in group), group) for group in groups]
+
+
+@given(st.floats(0, 1), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_closed_forms_are_the_sums_over_all_groups(chance: float, size: int) -> None:
+    """The mean of the measure, and the entropy of what a policy gradient is given."""
+    groups = of_groups(chance, size)
+    assert entropy_bits(chance) == pytest.approx(entropy([chance, 1 - chance]), abs=1e-12)
+    assert expected_reward_bits(chance, size) == pytest.approx(math.fsum(w * reward_bits(group) for w, group in groups), abs=1e-9)
+    centred: dict[tuple[float, ...], float] = {}
+    for weight, group in groups:
+        mean = sum(group) / size
+        key = tuple(round(r - mean, 9) for r in group)
+        centred[key] = centred.get(key, 0.0) + weight
+    assert advantage_bits(chance, size) == pytest.approx(entropy(list(centred.values())), abs=1e-9)
+
+
+@given(st.floats(0.001, 0.999), st.integers(2, 40))
+@settings(max_examples=100, deadline=None)
+def test_what_the_correction_misses_is_known(chance: float, size: int) -> None:
+    """Zhang's tail; less than the plug-in estimate misses, and less than Miller's correction leaves."""
+    weights = [math.comb(size, k) * chance**k * (1 - chance) ** (size - k) for k in range(size + 1)]
+    groups = [[1.0] * k + [0.0] * (size - k) for k in range(size + 1)]
+    corrected = math.fsum(w * corrected_bits(group) for w, group in zip(weights, groups, strict=True))
+    tails = (p * math.fsum((1 - p) ** k / k for k in range(size, size + 60_000)) for p in (chance, 1 - chance))
+    assert corrected / size == pytest.approx(entropy_bits(chance) - math.fsum(tails) / math.log(2), abs=1e-9)
+    miller = [reward_bits(group) + (len(set(group)) - 1) / (2 * math.log(2)) for group in groups]
+    assert expected_reward_bits(chance, size) < math.fsum(w * m for w, m in zip(weights, miller, strict=True)) < corrected + 1e-9
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5, 0.8])
+def test_bits_of_large_groups_are_the_closed_form(chance: float) -> None:
+    """Within 2%, drawn."""
+    rng = random.Random(0)
+    groups = [[float(rng.random() < chance) for _ in range(256)] for _ in range(200)]
+    for bits in (reward_bits, corrected_bits):
+        assert sum(map(bits, groups)) / (200 * 256) == pytest.approx(entropy_bits(chance), rel=0.02)
+
+
+def test_constant_groups_are_not_corrected_into_something() -> None:
+    assert corrected_bits([1.0] * 8) == 0
+    assert corrected_bits([]) == 0
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        entropy_bits(1.5)

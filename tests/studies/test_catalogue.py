@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import json
@@ -9,16 +10,21 @@ import re
 from pathlib import Path
 
 import pytest
+from test_lab import lab, never
 
 from veneer.studies.catalogue import DOCUMENT, STUDIES, find_study, keep, kept
 from veneer.studies.contest import Terms
 from veneer.studies.result import Finding, Result
 from veneer.train.config import make_config
+from veneer.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", STUDIES)
+WITH_ARMS = [name for name in STUDIES if hasattr(importlib.import_module(f"veneer.studies.{name}"), "arms")]
+
+
+@pytest.mark.parametrize("name", WITH_ARMS)
 def test_every_arm_has_a_grid_of_its_own(name: str) -> None:
     """Five learning rates or more, rising by one factor of at most 3; settings that there are; the same work for all."""
     module = importlib.import_module(f"veneer.studies.{name}")
@@ -42,6 +48,14 @@ def test_every_study_is_on_the_page(name: str) -> None:
     (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
     assert [int(number) for number in re.findall(r"(\d+): ", row)] == list(study.claims)
     assert study.about.splitlines()[1] == ""  # the page of a study leaves the first line to its title
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("override", ["rl.stebs=3", "seed=1", "weights=full"])
+def test_what_a_study_does_not_take_is_refused_before_any_work(name: str, override: str, tmp_path: Path) -> None:
+    """A setting that nothing follows would stand on the study's page as if it had been."""
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        asyncio.run(find_study(name).conduct(lab(tmp_path, never), Terms(2, 1, (override,))))
 
 
 def test_what_is_kept_replaces_what_was(tmp_path: Path) -> None:

@@ -218,3 +218,45 @@ def test_two_labs_do_not_work_on_one_run(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="another process is working"):
         asyncio.run(both())
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    """By another process neither; under another name, with other settings or by another Veneer it is another measurement."""
+    calls: list[str] = []
+
+    async def measure(config: RunConfig) -> dict[str, list[float]]:
+        calls.append(config.env.name)
+        return {"found": [0.5, len(calls)]}
+
+    first = asyncio.run(lab(tmp_path, never).measured("a", small(), measure))
+    assert asyncio.run(lab(tmp_path, never).measured("a", small(name="b", folder="elsewhere"), measure)) == first == {"found": [0.5, 1]}
+    others = [("b", small()), ("a", small(seed=1)), ("a", small(env={"name": "count"}))]
+    assert [asyncio.run(lab(tmp_path, never).measured(*other, measure))["found"][1] for other in others] == [2, 3, 4]
+    assert calls == ["sort", "sort", "sort", "count"]
+    assert not list(tmp_path.glob("runs/*/outcome.json"))
+
+
+def test_a_measurement_that_failed_or_was_stopped_is_not_kept(tmp_path: Path) -> None:
+    async def fails(config: RunConfig) -> None:
+        raise RunError("no such world")
+
+    with pytest.raises(RunError, match="no such world"):
+        asyncio.run(lab(tmp_path).measured("a", small(), fails))
+    stopped = lab(tmp_path)
+    stopped.stop.set()
+    with pytest.raises(Interrupted):
+        asyncio.run(stopped.measured("a", small(), fails))
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_place_is_opened_once_and_again_where_it_must_be_fresh(tmp_path: Path) -> None:
+    opener = Counted()
+    one = lab(tmp_path, opener)
+    first = one.place(small())
+    assert one.place(small(seed=1)) is first
+    assert one.place(small(), fresh=True) is not first
+    assert one.place(small(weights="full")) is not first
+    assert opener.opened == ["lora", "lora", "full"]

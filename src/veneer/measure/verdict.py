@@ -40,7 +40,7 @@ class Comparison:
         return f"{text}; {self.seeds_needed or f'more than {MOST_SEEDS}'} seeds would do"
 
 
-def compare_seeds(arm: Sequence[float], reference: Sequence[float], margin: float) -> Comparison:
+def compare_seeds(arm: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray, margin: float) -> Comparison:
     """Compare scores, one a seed, of which more is better; the same place in both is the same seed.
 
     The interval is Student's t for paired differences. An arm is ``equal`` if all of it lies within ``margin`` of 0 (two one-sided

@@ -39,7 +39,7 @@ class Terms:
 
     seeds: int = 5
     choice_seeds: int = 2
-    """On which every learning rate is tried."""
+    """On which every learning rate is tried, where one is chosen."""
     overrides: tuple[str, ...] = ()
     """KEY=VALUE of what all runs share, such as rl.steps=20; what an arm is about stays the arm's."""
 

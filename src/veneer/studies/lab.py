@@ -17,6 +17,7 @@ from typing import Any
 from veneer.envs import load_env
 from veneer.render import Renderer
 from veneer.store.adapters import write_adapter
+from veneer.store.files import storage_errors, write_text
 from veneer.store.run import Run
 from veneer.train import rl, sft
 from veneer.train.config import RunConfig
@@ -24,7 +25,7 @@ from veneer.train.rollouts import closing
 from veneer.train.session import Interrupted, Session
 from veneer.types import AdapterError, ConfigError, DivergedError, Engine
 
-OUTCOME, ADAPTER = "outcome.json", "adapter"
+OUTCOME, ADAPTER, RECORD = "outcome.json", "adapter", "record.json"
 COUNTED = "(counted)"
 """An adapter that is made to be counted; no run can have this name."""
 PACKAGE = Path(__file__).parents[1]
@@ -112,8 +113,7 @@ class Lab:
         Raises:
             VeneerError: there is no such base, or no adapter of this kind on it.
         """
-        config = config.model_copy(update={"device": self.device})
-        engine = (self._places.get(_place_of(config)) or self._open(config)).engine
+        engine = self.place(config.model_copy(update={"device": self.device})).engine
         count = engine.create_adapter(COUNTED, config.lora_config())
         engine.remove_adapter(COUNTED)
         return count
@@ -136,20 +136,46 @@ class Lab:
     async def _one(self, folder: Path, config: RunConfig) -> Outcome:
         done = folder / OUTCOME
         if not done.is_file():
-            if self.stop.is_set():
-                raise Interrupted("interrupted; what was done is kept, the same command goes on from here")
-            place = self._places.get(_place_of(config)) or self._open(config)
-            await self._make(folder, config, place, done)
+            self.go_on()
+            await self._make(folder, config, self.place(config), done)
         for name in ("checkpoints", "rollouts"):  # nobody goes on from here; a hundred runs would keep gigabytes
             shutil.rmtree(folder / name, ignore_errors=True)
         told = json.loads(done.read_text())
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return Outcome(config, folder, metrics, told["diverged"], told["seconds"])
 
-    def _open(self, config: RunConfig) -> Place:
-        self._places.clear()  # one base in memory at a time
-        self._places[_place_of(config)] = place = self.open_place(config)
-        return place
+    def go_on(self) -> None:
+        """Raises:
+        Interrupted: ``stop`` was set.
+        """
+        if self.stop.is_set():
+            raise Interrupted("interrupted; what was done is kept, the same command goes on from here")
+
+    def place(self, config: RunConfig, *, fresh: bool = False) -> Place:
+        """Where runs of this configuration are made, opened if it is not the one that is. ``fresh``: opened in any case, so that no adapter
+        has been there."""
+        if fresh or _place_of(config) not in self._places:
+            self._places.clear()  # one base in memory at a time
+            self._places[_place_of(config)] = self.open_place(config)
+        return self._places[_place_of(config)]
+
+    async def measured(self, what: str, config: RunConfig, measure: Callable[[RunConfig], Awaitable[Any]]) -> Any:
+        """What ``measure`` finds on the configuration, as JSON: measured once, and kept beside the runs under the digest of ``what``, the
+        configuration and Veneer's own files. ``what``: a name for all that decides it beside them.
+
+        Raises:
+            Interrupted: ``stop`` was set.
+            VeneerError: as ``measure`` has it.
+        """
+        config = config.model_copy(update={"device": self.device})
+        path = self._folder(config, what) / RECORD
+        if not path.is_file():
+            self.go_on()
+            text = json.dumps({"what": what, "found": await measure(config)}) + "\n"
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, text)
+        return json.loads(path.read_text())["found"]
 
     async def _make(self, folder: Path, config: RunConfig, place: Place, done: Path) -> None:
         config = config.model_copy(update={"name": folder.name, "folder": str(folder)})
@@ -170,10 +196,10 @@ class Lab:
                 place.engine.remove_adapter(session.adapter)
             run.close()
 
-    def _folder(self, config: RunConfig) -> Path:
-        """Named by all that decides what a run comes to: its settings, and Veneer's own files."""
+    def _folder(self, config: RunConfig, what: str = "") -> Path:
+        """Named by all that decides what a run or a measurement comes to: its settings, and Veneer's own files."""
         unnamed = config.model_copy(update={"name": "run", "folder": ""})
-        return self.folder / hashlib.sha256(f"{_origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
+        return self.folder / hashlib.sha256(f"{what}{_origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
 
 
 @cache
