@@ -123,20 +123,20 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
 
 
 def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> dict[str, Any]:
-    """What all runs share, as whoever asks wants it.
+    """What all runs share, as whoever asks wants it. ``arms``: none, if the study compares none.
 
     Raises:
         ConfigError: an override cannot be applied, or is of what the study itself decides.
     """
     tree = copy.deepcopy(dict(shared))
-    decided = {"kind", "seed", "name", "folder", "device", f"{tree.get('kind', 'rl')}.learning_rate"}
-    decided |= {key for arm in arms for key in _keys(arm.settings)}
+    decided = {"kind", "seed", "name", "folder", "device", "weights", *(key for arm in arms for key in _keys(arm.settings))}
+    decided |= {f"{tree.get('kind', 'rl')}.learning_rate"} if arms else set()
     for override in terms.overrides:
         key = override.partition("=")[0].strip()
         if key in decided:
             raise ConfigError(f"--set {override}: the study itself decides {key}; leave it out")
         override_in(tree, override)
-    config_of(tree, arms[0], arms[0].rates[0], 0)  # what is wrong is said before anything runs
+    make_config(_merged(tree, arms[0].settings if arms else {}))  # what is wrong is said before anything runs
     return tree
 
 

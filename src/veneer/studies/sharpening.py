@@ -1,0 +1,64 @@
+"""The runs of the studies that look at what a policy becomes, not at which arm is best: one adapter trained by reward, seed after seed, and
+beside each what the base and the trained policy do with the same problems when both may try often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from veneer.envs import load_env
+from veneer.store.adapters import read_adapter
+from veneer.studies.contest import Terms, overridden
+from veneer.studies.lab import ADAPTER, Lab, Outcome
+from veneer.train.config import RunConfig, ScorecardSettings, make_config
+from veneer.train.rollouts import Policy, closing
+from veneer.train.scorecard import measure_scorecard
+from veneer.types import SamplingParams
+
+SHARED: Mapping[str, Any] = {
+    "env": {"name": "arithmetic", "args": {"min_terms": 4, "max_terms": 6}},
+    "lora": {"rank": 4},
+    "rl": {"steps": 60, "groups_per_batch": 8, "group_size": 8, "learning_rate": 1.5e-3},
+    "eval": {"problems": 256, "every": 60},
+}
+"""The rate is the one that the study of ranks found best for rank 4. Sums of more terms than in training of the base, so that it does not
+solve all of them in a few tries."""
+
+
+async def trained(lab: Lab, terms: Terms) -> list[Outcome]:
+    """A run for each seed.
+
+    Raises:
+        ConfigError: an override that cannot be applied.
+        Interrupted, VeneerError: as ``Lab.run``.
+    """
+    tree = overridden(SHARED, (), terms)
+    return await lab.run([make_config({**tree, "seed": seed}) for seed in range(terms.seeds)])
+
+
+async def scorecards(lab: Lab, outcomes: Sequence[Outcome], settings: ScorecardSettings) -> list[dict[str, Any]]:
+    """Of each run, with the base as the start: ``Measured.document()``, made once and kept.
+
+    Raises:
+        Interrupted, VeneerError: as ``Lab.measured``.
+    """
+
+    async def measure(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
+        place = lab.place(config)
+        checkpoint, _ = read_adapter(outcome.folder / ADAPTER)
+        await place.engine.load_state(TRIED, checkpoint)
+        params = SamplingParams(max_tokens=config.rl.max_tokens)
+        start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in (None, TRIED))
+        try:
+            async with closing(load_env(config.env.name, config.env.args)) as dataset:
+                found = await measure_scorecard(start, end, dataset, settings, config.env.max_failed_share, config.seed)
+        finally:
+            place.engine.remove_adapter(TRIED)
+        return found.document()
+
+    what = f"scorecard {settings.model_dump_json()}"
+    return [await lab.measured(what, outcome.config, lambda config, outcome=outcome: measure(outcome, config)) for outcome in outcomes]
+
+
+TRIED = "(tried)"
+"""The adapter whose scorecard is made; no run can have this name."""

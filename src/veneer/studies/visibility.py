@@ -1,0 +1,239 @@
+"""Does reinforcement learning change few weights because of what it is, or because its learning rate is small?
+
+All weights are trained by reward and by demonstrations, at the same learning rates and for as many steps. Of published checkpoints in
+bfloat16 5 to 30% of the weights differ after reinforcement learning, and most after supervised training
+(https://arxiv.org/abs/2505.11711): a small subnetwork, and much the same one for every seed. But a step of Adam is about the learning
+rate for every weight, and bfloat16 shows no change below 1/512 of the weight it is added to: what becomes visible may be a matter of
+sizes alone. The null model deals the same updates out anew among the weights of each matrix, and the overlap of two seeds is compared
+with that of two that choose by magnitude alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veneer.measure.anatomy import Overlap, Update, Visible, overlap_of, share_visible, updates_of, visible
+from veneer.measure.intervals import Mean
+from veneer.measure.verdict import compare_seeds, t_interval
+from veneer.store.adapters import read_adapter
+from veneer.studies.contest import Terms, overridden, terms_for
+from veneer.studies.demonstrations import write_demonstrations
+from veneer.studies.drawing import picture
+from veneer.studies.lab import ADAPTER, COUNTED, Lab, Outcome
+from veneer.studies.result import Finding, Result
+from veneer.train.config import RunConfig, make_config
+
+QUESTION = "Does reinforcement learning change few weights because of what it is, or because its learning rate is small?"
+CLAIMS = (16, 17)
+REWARDED, SHOWN = "by reward", "by demonstrations"
+RATES: Sequence[float] = (1e-6, 1e-5, 1e-4)
+ROWS = 500
+"""Demonstrations, of which a fifth is held out."""
+STEPS = 40
+SHARED: Mapping[str, Mapping[str, Any]] = {
+    REWARDED: {
+        "weights": "full",
+        "env": {"name": "arithmetic"},
+        "rl": {"steps": STEPS, "groups_per_batch": 8, "group_size": 8},
+        "eval": {"problems": 256, "every": STEPS},
+    },
+    SHOWN: {
+        "kind": "sft",
+        "weights": "full",
+        "sft": {"steps": STEPS, "batch_size": 16, "held_out": 0.2},
+        "eval": {"every": STEPS},
+    },
+}
+MARGIN = 0.05
+"""Of a share of weights."""
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Of the runs of one way at one learning rate."""
+
+    way: str
+    rate: float
+    visible: Sequence[Visible]
+    """In bfloat16, for each seed."""
+    moved: Sequence[float]
+    """Shares that changed in float32."""
+    beyond: Sequence[float]
+    """Shares that changed by more than 1e-5 in bfloat16."""
+    overlaps: Sequence[Overlap]
+    """Of neighbouring seeds."""
+    gained: Sequence[float]
+    """Score at the end less that of the start."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}, {self.rate:g}"
+
+
+async def conduct(lab: Lab, terms: Terms) -> Result:
+    """Raises:
+    ConfigError: an override that cannot be applied.
+    Interrupted, VeneerError: as ``Lab.run``.
+    """
+    data = write_demonstrations(lab.folder.parent / "data", ROWS, seed=0)
+    configs = {way: _configs(way, str(data), terms) for way in SHARED}
+    outcomes = iter(await lab.run([config for wanted in configs.values() for config in wanted]))
+    runs = {way: [next(outcomes) for _ in wanted] for way, wanted in configs.items()}
+    base = await _base(lab, configs[REWARDED][0])
+    shown = [
+        _look(base, way, rate, [outcome for outcome in found if _rate(outcome.config) == rate])
+        for way, found in runs.items()
+        for rate in RATES
+    ]
+    return Result(_findings(shown), _tables(shown), {"shown": [_one(one) for one in shown]}, lambda path: _draw(shown, path))
+
+
+def _configs(way: str, data: str, terms: Terms) -> list[RunConfig]:
+    kind = SHARED[way].get("kind", "rl")
+    tree = overridden({**SHARED[way], "sft": {**SHARED[way].get("sft", {}), "data": data}}, (), terms_for(terms, kind))
+    return [make_config({**tree, "seed": s, kind: {**tree[kind], "learning_rate": r}}) for r in RATES for s in range(terms.seeds)]
+
+
+def _rate(config: RunConfig) -> float:
+    return getattr(config, config.kind).learning_rate
+
+
+async def _base(lab: Lab, config: RunConfig) -> Weights:
+    """The base's weights, by the names that a full copy has."""
+    engine = lab.place(config).engine
+    engine.create_adapter(COUNTED, None)
+    saved = await engine.save_state(COUNTED, "sampler")
+    engine.remove_adapter(COUNTED)
+    return saved.weights
+
+
+def _look(base: Weights, way: str, rate: float, outcomes: Sequence[Outcome]) -> Shown:
+    updates = [updates_of(base, read_adapter(outcome.folder / ADAPTER)[0].weights, None) for outcome in outcomes]
+    masks = [[visible(base[name], update.rows(), "bfloat16") for name, update in found.items()] for found in updates]
+    some = [mask for mask in masks if any(part.any() for part in mask)]
+    weights = [base[name] for name in updates[0]]
+    return Shown(
+        way,
+        rate,
+        [share_visible(base, found, "bfloat16") for found in updates],
+        [_share(base, found, "float32", 0.0) for found in updates],
+        [_share(base, found, "bfloat16", 1e-5) for found in updates],
+        [overlap_of(weights, one, other) for one, other in itertools.pairwise(some)],
+        [outcome.score - outcome.score_before for outcome in outcomes],
+    )
+
+
+def _share(base: Weights, updates: Mapping[str, Update], dtype: str, tolerance: float) -> float:
+    changed = sum(int(visible(base[name], update.rows(), dtype, tolerance).sum()) for name, update in updates.items())
+    return changed / sum(update.size for update in updates.values())
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def _findings(shown: Sequence[Shown]) -> list[Finding]:
+    found = []
+    for one in shown:
+        null = compare_seeds([v.measured for v in one.visible], [v.null for v in one.visible], MARGIN)
+        found.append(Finding(f"{one.name}: visible in bfloat16 beside what sizes alone make visible", null.verdict, str(null)))
+    for rate in RATES:
+        rewarded, supervised = (next(o for o in shown if (o.way, o.rate) == (way, rate)) for way in (REWARDED, SHOWN))
+        ways = compare_seeds([v.measured for v in rewarded.visible], [v.measured for v in supervised.visible], MARGIN)
+        word = {"better": "more", "worse": "fewer"}.get(ways.verdict, ways.verdict)
+        found.append(Finding(f"visible at {rate:g}: {REWARDED} beside {SHOWN}", word, str(ways)))
+    for one in shown:
+        if len(one.overlaps) > 1:
+            apart = compare_seeds([o.measured for o in one.overlaps], [o.by_magnitude for o in one.overlaps], MARGIN)
+            word = {"better": "more", "worse": "less"}.get(apart.verdict, apart.verdict)
+            found.append(Finding(f"{one.name}: overlap of two seeds beside that of choosing by magnitude alone", word, str(apart)))
+    return found
+
+
+def _tables(shown: Sequence[Shown]) -> str:
+    heads = ("way, learning rate", "gained", "changed in float32", "in bfloat16", "by sizes alone", "by more than 1e-5")
+    heads += ("overlap of seeds", "by magnitude", "by chance")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for one in shown:
+        overlaps = [[getattr(o, key) for o in one.overlaps] for key in ("measured", "by_magnitude", "chance")]
+        cells = [f"{t_interval(one.gained).value:+.3f}", _percent(one.moved), _percent([v.measured for v in one.visible])]
+        cells += [_percent([v.null for v in one.visible]), _percent(one.beyond), *(_percent(values) for values in overlaps)]
+        lines.append(f"| {one.name} | {' | '.join(cells)} |")
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                "Means over seeds with 95% intervals; overlaps are of neighbouring seeds. Gained: in the score of each way's runs.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _percent(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "-"
+    mean = t_interval(values)
+    return f"{mean.value:.1%} [{max(0.0, mean.low):.1%}, {min(1.0, mean.high):.1%}]"
+
+
+def _one(one: Shown) -> dict[str, Any]:
+    return {
+        "way": one.way,
+        "learning_rate": one.rate,
+        "bfloat16": [v.measured for v in one.visible],
+        "bfloat16_by_sizes_alone": [v.null for v in one.visible],
+        "float32": one.moved,
+        "beyond_1e-5": one.beyond,
+        "overlaps": [[o.measured, o.by_magnitude, o.chance] for o in one.overlaps],
+        "gained": one.gained,
+    }
+
+
+def _draw(shown: Sequence[Shown], path: Path) -> None:
+    with picture(path, 8.4, 3.2) as figure:
+        left, right = figure.subplots(1, 2)
+        for way, colour in ((REWARDED, "#0066cc"), (SHOWN, "#cc5500")):
+            mine = [one for one in shown if one.way == way]
+            rates = [one.rate for one in mine]
+            for key, style, more in (("measured", "-", ""), ("null", ":", ", by sizes alone")):
+                means = [t_interval([getattr(v, key) for v in one.visible]) for one in mine]
+                left.errorbar(
+                    rates,
+                    [m.value for m in means],
+                    yerr=_bars(means),
+                    color=colour,
+                    linestyle=style,
+                    marker="o",
+                    markersize=3,
+                    label=way + more,
+                )
+            with_overlap = [one for one in mine if len(one.overlaps) > 1]
+            for key, style, more in (("measured", "-", ""), ("by_magnitude", ":", ", by magnitude"), ("chance", "--", ", by chance")):
+                means = [t_interval([getattr(o, key) for o in one.overlaps]) for one in with_overlap]
+                right.plot(
+                    [one.rate for one in with_overlap],
+                    [m.value for m in means],
+                    color=colour,
+                    linestyle=style,
+                    marker="o",
+                    markersize=3,
+                    label=way + more,
+                )
+        for axes, name in ((left, "share of weights visible in bfloat16"), (right, "overlap of two seeds")):
+            axes.set_xscale("log")
+            axes.set(xlabel="learning rate", ylabel=name, ylim=(-0.02, 1.02))
+            axes.legend(frameon=False, fontsize=7)
+
+
+def _bars(means: Sequence[Mean]) -> list[list[float]]:
+    return [[m.value - m.low for m in means], [m.high - m.value for m in means]]
