@@ -1,4 +1,5 @@
-"""Make the studies and put their pages and pictures into docs/studies: about an hour of two CPU cores.
+"""Make the studies and put their pages, pictures and numbers into docs/studies, and the article that rests on them into docs/article.md:
+some hours of two CPU cores.
 
     make studies     # or: python recipes/studies.py rank --seeds 8
 
@@ -8,12 +9,14 @@ Runs are kept in $VENEER_HOME/studies, so what was interrupted goes on, and more
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 from pages import ROOT, machine, veneer
 from veneer.store.files import veneer_home
-from veneer.studies.catalogue import PAGE, PICTURE, STUDIES
+from veneer.studies.article import article
+from veneer.studies.catalogue import DOCUMENT, PAGE, PICTURE, STUDIES
 
 TARGET = ROOT / "docs/studies"
 
@@ -22,8 +25,15 @@ def publish(name: str, folder: Path) -> None:
     """Put a study that was made under docs/studies."""
     TARGET.mkdir(exist_ok=True)
     shutil.copyfile(folder / PICTURE, TARGET / f"{name}.svg")
+    shutil.copyfile(folder / DOCUMENT, TARGET / f"{name}.json")
     page = (folder / PAGE).read_text().rstrip()
     (TARGET / f"{name}.md").write_text(f"{page}\n\n![the study as a picture]({name}.svg)\n\nWritten by `make studies`. {machine()}.\n")
+
+
+def write_article() -> None:
+    """From all studies under docs/studies, whenever they were made."""
+    documents = [json.loads(path.read_text()) for path in sorted(TARGET.glob("*.json"))]
+    (ROOT / "docs/article.md").write_text(article(documents, lambda name: (f"studies/{name}.md", f"studies/{name}.svg")))
 
 
 def main() -> None:
@@ -35,6 +45,7 @@ def main() -> None:
     for name in args.names:
         terms = ("--seeds", args.seeds, "--choice-seeds", args.choice_seeds)
         publish(name, Path(veneer(veneer_home(), "study", "run", name, *terms)["folder"]))
+        write_article()
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Pa
     assert "rank --seeds 2 --choice-seeds 1 --set rl.steps=1" in told  # nobody takes a first look for the study
     listed = {one["name"]: one for one in veneer(home, "study", "list", "--json").document}
     assert listed["rank"]["answered"]
+    written = veneer(home, "study", "article", "--json").document
+    assert written == {"file": str(home / "studies/article.md"), "studies": ["rank"]}
+    assert "](rank/study.svg)" in Path(written["file"]).read_text()
+    elsewhere = home / "more" / "argument.md"
+    assert veneer(home, "study", "article", "--out", str(elsewhere)).out.endswith("argument.md: from rank\n")
+    assert "](../studies/rank/study.md)" in elsewhere.read_text()
     assert not list(home.glob("runs/*"))
     assert veneer(home, "adapters", "list", "--json").document == []  # what a study trains is no behaviour to be served
 

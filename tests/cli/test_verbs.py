@@ -25,7 +25,7 @@ ADAPTER_VERBS = (
     *("promote", "rollback", "forget", "reindex", "trust", "merge", "equivalence", "interfere"),
 )
 ENV_VERBS = ("list", "show", "new", "check")
-STUDY_VERBS = [("study", verb) for verb in ("list", "run", "report")]
+STUDY_VERBS = [("study", verb) for verb in ("list", "run", "article", "report")]
 GROUPED = [*(("adapters", v) for v in ADAPTER_VERBS), *(("env", v) for v in ENV_VERBS), *STUDY_VERBS]
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic", "sqlalchemy", "cryptography")
 

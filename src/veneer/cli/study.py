@@ -105,6 +105,29 @@ def _in_words(outcome: Outcome) -> str:
     return f"{arm}, learning rate {rate:.3g}, seed {config.seed}: {end}, {outcome.seconds:.0f} s"
 
 
+@command.command("article")
+@click.option("--out", type=click.Path(path_type=Path), help="The file; article.md beside the studies, unless given.")
+@json_option
+def article(out: Path | None, as_json: bool) -> None:
+    """Write the argument for thin adapters, sentence by sentence beside what the studies that were made found."""
+    import os
+
+    from veneer.store.files import storage_errors, write_text
+    from veneer.studies.article import ARTICLE
+    from veneer.studies.article import article as written
+    from veneer.studies.catalogue import PAGE, PICTURE, kept
+
+    found = kept(_home())
+    path = (out or _home() / ARTICLE).absolute()
+    folders = {document["study"]: Path(os.path.relpath(folder.absolute(), path.parent)) for document, folder in found}
+    text = written([document for document, _ in found], lambda name: (f"{folders[name] / PAGE}", f"{folders[name] / PICTURE}"))
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    made = sorted(folders)
+    emit({"file": str(path), "studies": made}, as_json, lambda: print(f"{path}: from {', '.join(made) or 'no study yet'}"))
+
+
 @command.command("report")
 @json_option
 def report(as_json: bool) -> None:
