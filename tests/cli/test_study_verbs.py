@@ -50,6 +50,15 @@ def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Pa
     assert "rank --seeds 2 --choice-seeds 1 --set rl.steps=1" in told  # nobody takes a first look for the study
     listed = {one["name"]: one for one in veneer(home, "study", "list", "--json").document}
     assert listed["rank"]["answered"]
+    within = veneer(home, "study", "run", "rank", "--budget", "10m", *SMALL, "--json")
+    assert within.code == 0, within.err
+    ((one,), told) = within.document, within.err
+    assert (one["study"], one["shrunk"]) == ("rank", "in full")
+    assert one["command"].startswith("veneer study run rank --seeds 2 --choice-seeds 1 --set rl.steps=1")
+    assert one["findings"] == document["findings"]  # made before, and taken over
+    assert "rank: every second learning rate" in told
+    assert veneer(home, "study", "report", "--json").document[0]["terms"]["coarse"] is False
+
     written = veneer(home, "study", "article", "--json").document
     assert written == {"file": str(home / "studies/article.md"), "studies": ["rank"]}
     assert "](rank/study.svg)" in Path(written["file"]).read_text()
@@ -80,6 +89,7 @@ def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Pa
         (["run", "rank", "--set", "rl.steps=-1"], "rl.steps"),
         (["run", "rank", "--set", "base=/nowhere"], "no such folder"),
         (["run", "rank", "--seeds", "1"], "1 is not in the range"),
+        (["run", "all", "--budget", "2"], "write a time such as 2h"),
         (["run", "rank", "--device", "tpu"], "tpu"),
     ],
 )
@@ -89,3 +99,12 @@ def test_mistakes_cost_one_line(veneer: Veneer, home: Path, arguments: list[str]
     assert words in done.err
     assert "Traceback" not in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_no_time_is_one_line_and_the_next_time_goes_on(veneer: Veneer, home: Path) -> None:
+    few = [f"--set={o}" for o in ("rl.steps=400", "eval.problems=2", "rl.groups_per_batch=1", "rl.group_size=2")]
+    done = veneer(home, "study", "run", "all", "--budget", "0.1s", *few)
+    assert done.code == 1, done.err
+    last = done.err.strip().splitlines()[-1]
+    assert "no study was finished" in last
+    assert "the same command goes on from there" in last

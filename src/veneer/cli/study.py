@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,11 @@ import click
 from veneer.cli.output import emit, json_option, print_table
 
 if TYPE_CHECKING:
-    from veneer.studies.lab import Outcome
+    from collections.abc import Sequence
+
+    from veneer.studies.catalogue import Study
+    from veneer.studies.contest import Terms
+    from veneer.studies.lab import Lab, Outcome
 
 
 @click.group("study", short_help="Test a claim about low rank and reinforcement learning.")
@@ -44,6 +49,8 @@ def list_studies(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--seeds", type=click.IntRange(2), default=5, show_default=True, help="On which arms are compared, a run of each arm each.")
 @click.option("--choice-seeds", type=click.IntRange(1), default=2, show_default=True, help="On which every learning rate is tried.")
+@click.option("--coarse", is_flag=True, help="Try every second learning rate only.")
+@click.option("--budget", metavar="TIME", help="Such as 2h or 90m: small forms of all first, then larger ones until it is over.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of what all runs share. Repeatable.")
 @click.option("--side-by-side", type=click.IntRange(1), default=8, show_default=True, help="Runs at a time on one engine.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; as many as there are cores, unless given.")
@@ -53,13 +60,15 @@ def run(
     name: str,
     seeds: int,
     choice_seeds: int,
+    coarse: bool,
+    budget: str | None,
     overrides: tuple[str, ...],
     side_by_side: int,
     threads: int | None,
     device: str,
     as_json: bool,
 ) -> None:
-    """Make all runs of the study NAME that are not there yet, and judge.
+    """Make all runs of the study NAME that are not there yet, and judge; of every study if NAME is all.
 
     Interrupted, the same command goes on from there. Runs that another study, or the same with fewer seeds, has made are taken over.
     """
@@ -69,12 +78,15 @@ def run(
 
     from veneer.cli.assemble import start
     from veneer.engine import default_device
-    from veneer.studies.catalogue import find_study, keep
+    from veneer.studies.budget import seconds_of
+    from veneer.studies.catalogue import STUDIES, find_study, keep
     from veneer.studies.contest import Terms
     from veneer.studies.lab import Lab, Place
     from veneer.train.session import stop_signals
 
-    study, terms, folder = find_study(name), Terms(seeds, choice_seeds, overrides), _home()
+    studies = [find_study(one) for one in (STUDIES if name == "all" else [name])]
+    terms, folder = Terms(seeds, choice_seeds, overrides, coarse), _home()
+    seconds = None if budget is None else seconds_of(budget)
     device = default_device() if device == "auto" else device
 
     def open_place(config: Any) -> Place:
@@ -85,6 +97,10 @@ def run(
         print(f"{done:>4} of {of}  {_in_words(outcome)}", file=sys.stderr, flush=True)
 
     lab = Lab(folder / "runs", open_place, device, side_by_side, told)
+    if name == "all" or seconds is not None:
+        _run_within(lab, studies, terms, seconds, folder, as_json)
+        return
+    (study,) = studies
     with stop_signals(lab.stop):
         result = asyncio.run(study.conduct(lab, terms))
     document = keep(study, terms, result, folder / name)
@@ -95,6 +111,40 @@ def run(
         print(f"table, picture and numbers: {folder / name}")
 
     emit({"folder": str(folder / name), **document}, as_json, human)
+
+
+def _run_within(lab: Lab, studies: Sequence[Study], full: Terms, seconds: float | None, folder: Path, as_json: bool) -> None:
+    import asyncio
+    import math
+    import sys
+
+    from veneer.studies.budget import Reached, within
+    from veneer.studies.catalogue import in_options, keep
+    from veneer.train.session import stop_signals
+    from veneer.types import RunError
+
+    def made(one: Reached) -> None:
+        assert one.terms is not None
+        assert one.result is not None
+        keep(one.study, one.terms, one.result, folder / one.study.name)
+        print(f"{one.study.name}: {one.shrunk(full)}", file=sys.stderr, flush=True)
+
+    with stop_signals(lab.stop):
+        reached = asyncio.run(within(math.inf if seconds is None else seconds, lab, studies, full, made))
+    if all(one.terms is None for one in reached):
+        first = next((one.failed for one in reached if one.failed), "the time was over before the smallest form of any study was done")
+        raise RunError(f"no study was finished: {first}; what was begun is kept, and the same command goes on from there")
+    documents = [
+        {
+            "study": one.study.name,
+            "command": None if one.terms is None else f"veneer study run {one.study.name} {in_options(asdict(one.terms))}",
+            "shrunk": one.shrunk(full),
+            "findings": [] if one.result is None else [asdict(finding) for finding in one.result.findings],
+        }
+        for one in reached
+    ]
+    rows = [(d["study"], len(d["findings"]), d["shrunk"]) for d in documents]
+    emit(documents, as_json, lambda: print_table(("study", "findings", "made with"), rows, ""))
 
 
 def _in_words(outcome: Outcome) -> str:

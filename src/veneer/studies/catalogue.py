@@ -75,7 +75,8 @@ def page_of(study: Study, terms: Terms, result: Result) -> str:
 def in_options(terms: Mapping[str, Any]) -> str:
     """The terms of a kept document as they are typed."""
     sets = [f"--set {override}" for override in terms["overrides"]]
-    return " ".join([f"--seeds {terms['seeds']}", f"--choice-seeds {terms['choice_seeds']}", *sets])
+    coarse = ["--coarse"] if terms.get("coarse") else []  # not in documents of before there was a choice
+    return " ".join([f"--seeds {terms['seeds']}", f"--choice-seeds {terms['choice_seeds']}", *coarse, *sets])
 
 
 def kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:

@@ -42,6 +42,8 @@ class Terms:
     """On which every learning rate is tried, where one is chosen."""
     overrides: tuple[str, ...] = ()
     """KEY=VALUE of what all runs share, such as rl.steps=20; what an arm is about stays the arm's."""
+    coarse: bool = False
+    """Of every grid of learning rates each second one."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
         ConfigError: a setting that there is not.
         Interrupted, VeneerError: as ``Lab.run``.
     """
-    shared = overridden(shared, arms, terms)
+    shared, arms = overridden(shared, arms, terms), thinned(arms, terms)
     sweeps = await sweep_all(lab, shared, arms, terms.choice_seeds)
     seeds = range(terms.seeds)
     plan = {arm.name: [config_of(shared, arm, sweep.best, seed) for seed in seeds] for arm, sweep in zip(arms, sweeps, strict=True)}
@@ -120,6 +122,11 @@ async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm],
         comparison = None if arm is arms[0] else compare_seeds([outcome.score for outcome in own], reference, margin)
         entrants.append(Entrant(arm, sweep, own, comparison))
     return Contest(entrants, noise, margin)
+
+
+def thinned(arms: Sequence[Arm], terms: Terms) -> Sequence[Arm]:
+    """With the grids that were asked for."""
+    return [replace(arm, rates=arm.rates[::2]) for arm in arms] if terms.coarse else arms
 
 
 def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from veneer.measure.verdict import compare_seeds, t_interval
-from veneer.studies.contest import Arm, Sweep, Terms, overridden, sweep_all
+from veneer.studies.contest import Arm, Sweep, Terms, overridden, sweep_all, thinned
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -46,7 +46,7 @@ def arms() -> Sequence[Arm]:
 async def conduct(lab: Lab, terms: Terms) -> Result:
     data = write_demonstrations(lab.folder.parent / "data", ROWS, seed=0)
     shared = overridden({**SHARED, "sft": {**SHARED["sft"], "data": str(data)}}, arms(), terms)
-    sweeps = await sweep_all(lab, shared, arms(), terms.seeds)
+    sweeps = await sweep_all(lab, shared, thinned(arms(), terms), terms.seeds)
     by_rule = {FIXED: dict(zip(RANKS, sweeps, strict=False)), GROWING: dict(zip(RANKS, sweeps[len(RANKS) :], strict=False))}
     return _result(by_rule, sweeps[-1])
 
