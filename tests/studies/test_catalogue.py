@@ -68,7 +68,7 @@ def test_what_is_kept_replaces_what_was(tmp_path: Path) -> None:
     ((document, where),) = kept(tmp_path)
     assert where == folder
     assert document["findings"] == [{"question": "asked", "verdict": "worse", "numbers": "0.1"}]
-    assert document["terms"] == {"seeds": 3, "choice_seeds": 1, "overrides": ["rl.steps=2"]}
+    assert document["terms"] == {"seeds": 3, "choice_seeds": 1, "overrides": ["rl.steps=2"], "coarse": False}
     assert document == json.loads((folder / DOCUMENT).read_text())
     page = (folder / "study.md").read_text()
     assert "| asked | **worse** | 0.1 |" in page
