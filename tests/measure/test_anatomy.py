@@ -70,7 +70,7 @@ def test_large_matrices_are_sampled_by_rows(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("veneer.measure.anatomy.SAMPLED", 10_000)
     assert share_visible(weights, updates, "bfloat16").measured == pytest.approx(whole, abs=0.02)
     b, a = normal(30, 2), normal(2, 7)
-    assert np.array_equal(Update(None, (b, a)).rows(4), (b @ a)[::4])
+    assert np.array_equal(Update(b, a).rows(4), (b @ a)[::4])
 
 
 def test_overlap_beside_its_two_nulls() -> None:
@@ -98,7 +98,7 @@ def test_ranks() -> None:
     assert (effective_rank(np.zeros(3)), stable_rank(np.zeros(3))) == (0.0, 0.0)
     for rank in (1, 3, 8):
         b, a = normal(40, rank), normal(rank, 60)
-        thin, thick = Update(None, (b, a)).singular_values(), Update(b @ a).singular_values()
+        thin, thick = Update(b, a).singular_values(), Update(b @ a).singular_values()
         assert thin == pytest.approx(thick[:rank], rel=1e-4)
         assert effective_rank(thin) <= rank + 1e-9
 

@@ -26,15 +26,16 @@ KINDS = (("self_attn", "attention"), ("mlp", "MLP"), ("embed", "embedding"), ("l
 
 @dataclass(frozen=True)
 class Update:
-    """What was added to one parameter: a dense array, or a product of two thin ones."""
+    """What was added to one parameter: an array, or a product of two thin ones."""
 
-    dense: Array | None
-    factors: tuple[Array, Array] | None = None
-    """[d_out, r] and [r, d_in]."""
+    left: Array
+    """[d_out, r]; without ``right`` all of it, of any shape."""
+    right: Array | None = None
+    """[r, d_in]."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.dense.shape if self.factors is None else (self.factors[0].shape[0], self.factors[1].shape[1])
+        return self.left.shape if self.right is None else (self.left.shape[0], self.right.shape[1])
 
     @property
     def size(self) -> int:
@@ -42,14 +43,15 @@ class Update:
 
     def rows(self, every: int = 1) -> Array:
         """Each ``every``-th of its first axis."""
-        return self.dense[::every] if self.factors is None else self.factors[0][::every] @ self.factors[1]
+        return self.left[::every] if self.right is None else self.left[::every] @ self.right
 
     def singular_values(self) -> NDArray[np.float64]:
         """Of two axes, in falling order; of a product as many as it is wide."""
-        if self.factors is None:
-            return np.linalg.svd(self.dense.astype(np.float64), compute_uv=False)
-        left, right = (np.linalg.qr(factor.astype(np.float64), mode="r") for factor in (self.factors[0], self.factors[1].T))
-        return np.linalg.svd(left @ right.T, compute_uv=False)
+        core = self.left.astype(np.float64)
+        if self.right is not None:
+            one, other = (np.asarray(np.linalg.qr(side, mode="r")) for side in (core, self.right.T.astype(np.float64)))
+            core = one @ other.T
+        return np.linalg.svd(core, compute_uv=False).astype(np.float64)
 
 
 def updates_of(before: Mapping[str, Array], after: Mapping[str, Array], config: LoraConfig | None) -> dict[str, Update]:
@@ -60,19 +62,21 @@ def updates_of(before: Mapping[str, Array], after: Mapping[str, Array], config: 
         ValueError: a parameter that the base does not have, or of another shape.
     """
     if config is None:
-        shapes = {name: array.shape for name, array in after.items()}
-    else:
-        thin = {name.removeprefix("base_model.model."): array for name, array in after.items()}
-        pairs = {name.removesuffix(".lora_A.weight"): array for name, array in thin.items() if name.endswith(".lora_A.weight")}
-        scale = np.float32(config.alpha / config.rank)
-        factors = {f"{name}.weight": (scale * thin[f"{name}.lora_B.weight"], a) for name, a in pairs.items()}
-        shapes = {name: (b.shape[0], a.shape[1]) for name, (b, a) in factors.items()}
+        full = {name: array.shape for name, array in after.items()}
+        _check_shapes(before, full)
+        return {name: Update(array - before[name]) for name, array in after.items()}
+    thin = {name.removeprefix("base_model.model."): array for name, array in after.items()}
+    modules = [name.removesuffix(".lora_A.weight") for name in thin if name.endswith(".lora_A.weight")]
+    scale = np.float32(config.alpha / config.rank)
+    found = {f"{m}.weight": Update(scale * thin[f"{m}.lora_B.weight"], thin[f"{m}.lora_A.weight"]) for m in modules}
+    _check_shapes(before, {name: update.shape for name, update in found.items()})
+    return found
+
+
+def _check_shapes(before: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if name not in before or before[name].shape != shape:
             raise ValueError(f"the base has no {name} of the shape {shape}")
-    if config is None:
-        return {name: Update(array - before[name]) for name, array in after.items()}
-    return {name: Update(None, pair) for name, pair in factors.items()}
 
 
 # ---------------------------------------------------------------- visible changes
