@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
-from veneer.store.files import veneer_home
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from veneer.train.plot import Plot, make_picture
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def render_report(title: str, summary: Mapping[str, Any], metrics: Records, config_toml: str) -> str:
-    """HTML with inline SVG. Only pictures that the run has numbers for are drawn."""
+    """HTML with inline SVG whose numbers a pointer reads. Only pictures that the run has numbers for are drawn."""
     chosen = [(name, text, draw) for name, text, draw, needs in FIGURES if any(needs in m for m in metrics)]
-    figures = [(name, text, _svg(lambda axes, draw=draw: draw(axes, metrics), "step")) for name, text, draw in chosen]
+    figures = [(name, text, make_picture(lambda plot, draw=draw: draw(plot, metrics), "step")) for name, text, draw in chosen]
     scorecard = summary.get("scorecard")
     if scorecard is not None:
         text = "The share of problems that k tries solve, before and after training, 95%."
-        figures.append(("pass@k", text, _svg(lambda axes: _pass_at_k(axes, scorecard["card"]["pass_at_k"]), "k")))
+        figures.append(("pass@k", text, make_picture(lambda plot: _pass_at_k(plot, scorecard["card"]["pass_at_k"]), "k")))
     template = jinja2.Template((Path(__file__).parent / "report.html.jinja").read_text(), autoescape=True)
     return template.render(title=title, summary=summary, figures=figures, config=config_toml)
-
-
-def _svg(draw: Callable[[Axes], None], along: str) -> str:
-    os.environ.setdefault("MPLCONFIGDIR", str(veneer_home() / "matplotlib"))  # its font cache belongs to our home too
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"svg.hashsalt": "veneer", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
-        draw(axes)
-        axes.set_xlabel(along)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 
 def _series(metrics: Records, key: str) -> tuple[list[int], list[float]]:
@@ -52,90 +30,90 @@ def _series(metrics: Records, key: str) -> tuple[list[int], list[float]]:
     return [m["step"] for m in chosen], [m[key] for m in chosen]
 
 
-def _reward(axes: Axes, metrics: Records) -> None:
-    axes.plot(*_series(metrics, "reward/total"), color="#9ab", linewidth=1, label="training batches")
+def _reward(plot: Plot, metrics: Records) -> None:
+    plot.line(*_series(metrics, "reward/total"), "#9ab", "training batches")
     steps, low = _series(metrics, "eval/reward_low")
-    axes.fill_between(steps, low, _series(metrics, "eval/reward_high")[1], color="#06c", alpha=0.2, linewidth=0)
-    axes.plot(*_series(metrics, "eval/reward"), color="#06c", marker="o", markersize=3, label="held out, 95%")
-    axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    plot.band(steps, low, _series(metrics, "eval/reward_high")[1], "#06c")
+    plot.dots(*_series(metrics, "eval/reward"), "#06c", "held out, 95%")
+    plot.axes.set_ylim(-0.02, 1.02)
+    plot.legend(2)
 
 
-def _entropy(axes: Axes, metrics: Records) -> None:
-    axes.plot(*_series(metrics, "optim/entropy"), color="#06c", linewidth=1)
-    axes.set_ylabel("nats a token")
-    axes.set_ylim(bottom=0)
+def _entropy(plot: Plot, metrics: Records) -> None:
+    plot.line(*_series(metrics, "optim/entropy"), "#06c", "nats a token")
+    plot.axes.set_ylabel("nats a token")
+    plot.axes.set_ylim(bottom=0)
 
 
-def _groups(axes: Axes, metrics: Records) -> None:
+def _groups(plot: Plot, metrics: Records) -> None:
     steps, mixed = _series(metrics, "by_group/frac_mixed")
     good, bad = _series(metrics, "by_group/frac_all_good")[1], _series(metrics, "by_group/frac_all_bad")[1]
-    axes.stackplot(steps, mixed, good, bad, labels=["useful", "all solved", "none solved"], colors=["#06c", "#bcd", "#ccc"])
-    axes.set_ylim(0, 1)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    plot.stack(steps, [("useful", "#06c", mixed), ("all solved", "#bcd", good), ("none solved", "#ccc", bad)])
+    plot.axes.set_ylim(0, 1)
+    plot.legend(3)
 
 
-def _bits(axes: Axes, metrics: Records) -> None:
+def _bits(plot: Plot, metrics: Records) -> None:
     steps, bits = _series(metrics, "bits")
-    axes.plot(steps, [sum(bits[: i + 1]) for i in range(len(bits))], color="#06c")
-    axes.set_ylabel("bits so far")
+    plot.line(steps, [sum(bits[: i + 1]) for i in range(len(bits))], "#06c", "bits so far", linewidth=1.5)
+    plot.axes.set_ylabel("bits so far")
 
 
-def _habits(axes: Axes, metrics: Records) -> None:
+def _habits(plot: Plot, metrics: Records) -> None:
     names = {"verification": "#06c", "backtracking": "#9ab", "correction": "#c60", "recovery": "#693"}
-    for name, color in names.items():
+    for name, colour in names.items():
         if any(f"habits/{name}" in m for m in metrics):
-            axes.plot(*_series(metrics, f"habits/{name}"), color=color, linewidth=1, label=name)
-    axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=7)
+            plot.line(*_series(metrics, f"habits/{name}"), colour, name)
+    plot.axes.set_ylim(-0.02, 1.02)
+    plot.legend(4)
 
 
-def _corrections(axes: Axes, metrics: Records) -> None:
-    axes.plot(*_series(metrics, "habits/incorrect_to_correct"), color="#06c", linewidth=1, label="became correct")
-    axes.plot(*_series(metrics, "habits/correct_to_incorrect"), color="#c33", linewidth=1, label="became incorrect")
-    axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+def _corrections(plot: Plot, metrics: Records) -> None:
+    plot.line(*_series(metrics, "habits/incorrect_to_correct"), "#06c", "became correct")
+    plot.line(*_series(metrics, "habits/correct_to_incorrect"), "#c33", "became incorrect")
+    plot.axes.set_ylim(-0.02, 1.02)
+    plot.legend(2)
 
 
-def _length(axes: Axes, metrics: Records) -> None:
-    axes.plot(*_series(metrics, "tokens/mean"), color="#06c", linewidth=1)
-    axes.set_ylabel("tokens an episode")
-    axes.set_ylim(bottom=0)
+def _length(plot: Plot, metrics: Records) -> None:
+    plot.line(*_series(metrics, "tokens/mean"), "#06c", "tokens an episode")
+    plot.axes.set_ylabel("tokens an episode")
+    plot.axes.set_ylim(bottom=0)
 
 
-def _loss(axes: Axes, metrics: Records) -> None:
-    axes.plot(*_series(metrics, "train_mean_nll"), color="#9ab", linewidth=1, label="training batches")
-    axes.plot(*_series(metrics, "eval/mean_nll"), color="#06c", marker="o", markersize=3, label="held out")
-    axes.set_ylabel("nats a token")
-    axes.legend(frameon=False)
+def _loss(plot: Plot, metrics: Records) -> None:
+    plot.line(*_series(metrics, "train_mean_nll"), "#9ab", "training batches")
+    plot.dots(*_series(metrics, "eval/mean_nll"), "#06c", "held out")
+    plot.axes.set_ylabel("nats a token")
+    plot.axes.legend(frameon=False)
 
 
-def _preference(axes: Axes, metrics: Records) -> None:
+def _preference(plot: Plot, metrics: Records) -> None:
     for key, colour, label in (("rewards/chosen", "#06c", "chosen"), ("rewards/rejected", "#c60", "rejected")):
-        axes.plot(*_series(metrics, key), color=colour, alpha=0.4, linewidth=1)
-        axes.plot(*_series(metrics, f"eval/{key}"), color=colour, marker="o", markersize=3, label=f"{label}, held out")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        plot.line(*_series(metrics, key), colour, label, alpha=0.4)
+        plot.dots(*_series(metrics, f"eval/{key}"), colour, f"{label}, held out")
+    plot.legend(2)
 
 
-def _distance(axes: Axes, metrics: Records) -> None:
+def _distance(plot: Plot, metrics: Records) -> None:
     steps, low = _series(metrics, "eval/kl/episode_low")
-    axes.fill_between(steps, low, _series(metrics, "eval/kl/episode_high")[1], color="#06c", alpha=0.2, linewidth=0)
-    axes.plot(*_series(metrics, "eval/kl/episode"), color="#06c", marker="o", markersize=3)
-    axes.set_ylabel("nats an episode")
+    plot.band(steps, low, _series(metrics, "eval/kl/episode_high")[1], "#06c")
+    plot.dots(*_series(metrics, "eval/kl/episode"), "#06c", "nats an episode")
+    plot.axes.set_ylabel("nats an episode")
 
 
-def _pass_at_k(axes: Axes, curve: Mapping[int, Any]) -> None:
+def _pass_at_k(plot: Plot, curve: Mapping[int, Any]) -> None:
     ks = [int(k) for k in curve]
     for side, colour, label in (("start", "#9ab", "before"), ("end", "#06c", "after")):
         means = [change[side] for change in curve.values()]
-        axes.fill_between(ks, [m["low"] for m in means], [m["high"] for m in means], color=colour, alpha=0.2, linewidth=0)
-        axes.plot(ks, [m["value"] for m in means], color=colour, marker="o", markersize=3, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        plot.band(ks, [m["low"] for m in means], [m["high"] for m in means], colour)
+        plot.dots(ks, [m["value"] for m in means], colour, label)
+    plot.axes.set_xscale("log", base=2)
+    plot.axes.set_ylim(-0.02, 1.02)
+    plot.legend(2)
 
 
-FIGURES: list[tuple[str, str, Callable[[Axes, Records], None], str]] = [
+FIGURES: list[tuple[str, str, Callable[[Plot, Records], None], str]] = [
     ("Reward", "The mean over episodes; where each passes or fails it is the share that passed.", _reward, "eval/reward"),
     ("Useful groups", "A group whose members all got the same reward teaches nothing and is dropped.", _groups, "by_group/frac_mixed"),
     ("Bits received", "Entropy of the rewards in each group: an estimate of the most that the run could learn.", _bits, "bits"),
