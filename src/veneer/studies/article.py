@@ -47,7 +47,7 @@ SECTIONS: Sequence[Section] = (
                 "It sharpens the distribution that is sampled, and diversity is lost: surer in one try, poorer in many.",
                 {"crossover": "^pass@|^from which k|bits of the answers|different ones among", "entropy": ""},
             ),
-            Sentence("It makes better specialists and worse generalists.", {"crossover": "^reward in"}),
+            Sentence("It makes better specialists and worse generalists.", {"crossover": "^reward in", "forgetting": ""}),
             Sentence(
                 "Behaviour such as correcting oneself is there before, and reinforcement learning makes it reliable.",
                 {},
