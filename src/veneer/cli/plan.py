@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from veneer.measure.plan.whole import Budget, Plan
     from veneer.train.pass_rates import Tried
 
-TRIES = 16
-"""At a problem: pass rates of a few tries say little about groups larger than that."""
+TRIES = 8
+"""At a problem."""
 CPU_FLOPS, CPU_BANDWIDTH = (0.1, 0.6), (0.1, 0.8)
 """Shares of what is measured that a run reaches on a CPU."""
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -28,7 +28,7 @@ TASK: tuple[Option, ...] = (
     click.option("--env", help="A task: its pass rates and lengths are measured where MODEL's weights are here."),
     click.option("--env-arg", "env_args", multiple=True, metavar="KEY=VALUE", help="An argument of the environment. Repeatable."),
     click.option("--pass-rates", metavar="LIST|FILE", help="Shares of tries that solve each problem: 0,0.1,0.5 or a file of them."),
-    click.option("--tries", type=click.IntRange(1), help="At each problem of --pass-rates, or to make: 16 then."),
+    click.option("--tries", type=click.IntRange(1), help="At each problem of --pass-rates, or to make: 8 then."),
     click.option("--problems", type=click.IntRange(1), default=64, show_default=True, help="To try."),
     click.option("--prompt-tokens", type=click.FloatRange(0), help="Of a prompt, where it is not measured: 256."),
     click.option("--drawn-tokens", type=click.FloatRange(1), help="Of an episode or an answer, where it is not measured: 512."),
@@ -139,7 +139,7 @@ def _max_tokens(options: Mapping[str, Any]) -> int:
 
 
 def _wish(model: str, options: Mapping[str, Any], tried: Tried | None, name: str) -> Any:
-    from veneer.engine.cache import capacity_for
+    from veneer.engine.cache import AHEAD, capacity_for, places_of
     from veneer.engine.sampler import ROWS
     from veneer.measure.plan.signal import PassRates
     from veneer.measure.plan.whole import Text, Wish
@@ -149,6 +149,7 @@ def _wish(model: str, options: Mapping[str, Any], tried: Tried | None, name: str
     prompt = tried.prompt_tokens if tried is not None and options["prompt_tokens"] is None else options["prompt_tokens"]
     drawn = tried.drawn_tokens if tried is not None and options["drawn_tokens"] is None else options["drawn_tokens"]
     prompt, drawn = 256.0 if prompt is None else prompt, drawn or 512.0
+    longest = round(drawn) if tried is None else tried.longest
     rates = PassRates(tuple(tried.rates_P), tried.tries) if tried is not None else _rates(options)
     text = None
     if options["kind"] == "sft":
@@ -172,7 +173,7 @@ def _wish(model: str, options: Mapping[str, Any], tried: Tried | None, name: str
         options["full_lr"],
         _given_rate(options),
         ROWS[kind],
-        capacity_for(round(drawn) if kind == "cpu" else round(prompt + drawn)),
+        places_of(min(AHEAD, longest), longest) if kind == "cpu" else places_of(round(prompt) + AHEAD, round(prompt) + longest),
         capacity_for(round(prompt)) if kind == "cpu" else 0,
         _device(options),
         options["price"],
@@ -188,12 +189,13 @@ def _on_cpu(model: str) -> bool:
 
 def _passes(kind: str, options: Mapping[str, Any]) -> Any:
     from veneer.engine.logprobs import LOGITS_AT_ONCE
+    from veneer.engine.packing import WHOLE
     from veneer.engine.trainer import TOKENS_PER_PASS
     from veneer.measure.plan.memory import Passes
 
     dtype = "float32" if kind == "cpu" else "bfloat16"
     side_by_side = options["threads"] if kind == "cpu" else 1
-    return Passes(dtype, TOKENS_PER_PASS[kind], side_by_side, options["checkpointing"], LOGITS_AT_ONCE[kind])
+    return Passes(dtype, TOKENS_PER_PASS[kind], side_by_side, options["checkpointing"], LOGITS_AT_ONCE[kind], WHOLE)
 
 
 def _rates(options: Mapping[str, Any]) -> PassRates | None:

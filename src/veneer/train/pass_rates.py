@@ -23,7 +23,7 @@ class Tried:
     drawn_tokens: float
     """An episode's sampled tokens, on average."""
     longest: int
-    """Tokens of the longest episode, with its prompt."""
+    """Sampled tokens of the longest episode."""
 
 
 async def try_problems(policy: Policy, dataset: EnvDataset, problems: int, tries: int, seed: int) -> Tried:
@@ -45,7 +45,7 @@ async def try_problems(policy: Policy, dataset: EnvDataset, problems: int, tries
         tries,
         statistics.fmean(len(t.transitions[0].prompt) for t in episodes),
         statistics.fmean(_drawn(t) for t in episodes),
-        max(len(t.transitions[-1].prompt) + len(t.transitions[-1].sample.tokens) for t in episodes),
+        max(map(_drawn, episodes)),
     )
 
 

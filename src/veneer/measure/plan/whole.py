@@ -247,11 +247,9 @@ def _batch(wish: Wish, work: StepWork, rank: int, steps: int) -> Figure:
 
 
 def _memory(shape: ModelShape, wish: Wish, work: StepWork, maps: Sequence[LinearMap], rank: int, parameters: int) -> list[Figure]:
-    tokens = min(wish.passes.tokens, math.ceil(work.prompts + work.drawn)) or wish.passes.tokens
-    share = max(1, min(wish.passes.side_by_side, math.ceil((work.prompts + work.drawn) / tokens)))
-    passes = replace(wish.passes, tokens=tokens, side_by_side=share)
+    passes, reading = wish.passes, memory.Reading(work.prompts, work.drawn, work.prompt_tokens, work.drawn_tokens)
     base, adapter = memory.plan_base(shape, passes.dtype), memory.plan_adapter(parameters, max(m.d_in for m in maps))
-    activations = memory.plan_activations(shape, passes, maps, rank)
+    activations = memory.plan_activations(shape, passes, reading, maps, rank)
     held, full = [base, adapter, activations], [base, memory.plan_full(shape), activations]
     figures = [base, adapter, activations]
     if work.samples:
