@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from veneer.assets import known_configs, resolve_base
 from veneer.shapes import Attention, Kind, LinearMap, ModelShape, Rest
@@ -38,7 +38,7 @@ def count_shape(source: str | Mapping[str, Any]) -> ModelShape:
     """
     name, values = (source, _read(source)) if isinstance(source, str) else (str(source.get("_name_or_path") or "model"), dict(source))
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise BaseError(
             f"base {name!r}: transformers does not know model_type {kind!r}, so its layers cannot be counted; give a config.json of an "
             f"architecture that it knows and that has the same layers, or install a newer transformers"
@@ -111,7 +111,7 @@ def _maps(model: nn.Module, head: nn.Module, config: PretrainedConfig, seen: Cou
         own = dict(module.named_parameters(recurse=False))
         cubes = {key: p for key, p in own.items() if p.ndim == 3}
         if module is head:
-            d_out, d_in = module.weight.shape
+            d_out, d_in = own["weight"].shape
             seen.update(map(id, own.values()))
             yield LinearMap(name, "unembedding", d_in, d_out)
         elif isinstance(module, nn.Linear | Conv1D):

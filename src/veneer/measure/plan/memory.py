@@ -148,9 +148,8 @@ def plan_cache(shape: ModelShape, dtype: str, rows: int, row_places: int, prompt
     value = each * (rows * row_places + prompts * prompt_places)
     formula = f"({rows:,} completions x {row_places:,} places + {prompts:,} prompts x {prompt_places:,}) x cache of a token"
     note = "places are those of the banks that a completion outgrows one after the other, which are kept; less if few get that long"
-    return Figure(
-        "cache", value, "bytes", formula, "src/veneer/engine/cache.py; tests/measure/test_plan_memory.py", 0.6 * value, 1.25 * value, note
-    )
+    source = "src/veneer/engine/cache.py; checked by tests/measure/test_plan_memory.py"
+    return Figure("cache", value, "bytes", formula, source, 0.6 * value, 1.25 * value, note)
 
 
 def plan_total(parts: Sequence[Figure], name: str) -> Figure:
