@@ -115,7 +115,7 @@ def _maps(model: nn.Module, head: nn.Module, config: PretrainedConfig, seen: Cou
             seen.update(map(id, own.values()))
             yield LinearMap(name, "unembedding", d_in, d_out)
         elif isinstance(module, nn.Linear | Conv1D):
-            d_out, d_in = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
+            d_out, d_in = own["weight"].shape if isinstance(module, nn.Linear) else own["weight"].shape[::-1]
             seen.update(map(id, own.values()))
             yield LinearMap(name, _kind(name), d_in, d_out, active=0 if ELSEWHERE.search(name) else 1, closes=_closes(name))
         elif cubes and "expert" in name:

@@ -12,6 +12,8 @@ from veneer.shapes import LinearMap, ModelShape, adapter_parameters
 BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROWS = ("published", "weights", "gradient", "first moment", "second moment")
 """What the engine holds of an adapter that is trained, each in float32."""
+STEPPING = 9
+"""Rows that an optimizer step makes beside them (``Rows.adam``, ``LocalEngine._optim_steps``)."""
 USUAL_FULL, USUAL_ADAPTER = 16, 16
 """Bytes a trained parameter in mixed precision: weight and gradient 2 each, master copy and two moments 4 each."""
 WRITTEN_OUT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -89,8 +91,8 @@ def plan_adapter(parameters: int, widest: int) -> Figure:
     """``widest``: the largest d_in, by which a row is longer than its numbers."""
     value = len(ROWS) * 4 * (parameters + widest)
     formula = f"{len(ROWS)} rows ({', '.join(ROWS)}) x 4 x ({parameters:,} + {widest:,})"
-    transient = value + 4 * 6 * (parameters + widest)
-    note = "the upper end while gradients are added up and Adam makes new rows; each further adapter as much again"
+    transient = value + STEPPING * 4 * (parameters + widest)
+    note = f"the upper end while Adam makes new rows, {STEPPING} more for a moment; each further adapter as much again"
     return Figure("an adapter in training", value, "bytes", formula, HERE, value, transient, note)
 
 
@@ -98,7 +100,7 @@ def plan_full(shape: ModelShape) -> Figure:
     """What a full copy takes beside the base, in Veneer's engine."""
     value = len(ROWS) * 4 * shape.parameters
     formula = f"{len(ROWS)} rows x 4 x {shape.parameters:,}"
-    return Figure("a full copy in training", value, "bytes", formula, HERE, value, value + 24 * shape.parameters, "as an adapter")
+    return Figure("a full copy in training", value, "bytes", formula, HERE, value, value + STEPPING * 4 * shape.parameters, "as an adapter")
 
 
 def kept_numbers(shape: ModelShape) -> float:
