@@ -320,7 +320,9 @@ def _document(plan: Plan) -> dict[str, Any]:
     return {
         "model": told | {"linear_maps": _grouped(plan), "others": [asdict(rest) for rest in shape.rest]},
         "steps": plan.steps,
+        "step": asdict(plan.work),
         "sections": {name: [asdict(figure) for figure in figures] for name, figures in plan.sections.items()},
+        "elsewhere": _elsewhere(plan),
         "warnings": list(plan.warnings),
     }
 
@@ -337,28 +339,47 @@ def _grouped(plan: Plan) -> list[dict[str, Any]]:
 
 def _show(plan: Plan, explain: bool, write: Path | None) -> None:
     shape = plan.shape
-    kinds = {m.kind: 0 for m in plan.maps}
+    kinds = dict.fromkeys((m.kind for m in plan.maps), 0)
     for m in plan.maps:
         kinds[m.kind] += m.copies
     counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-    print(f"{shape.name}: {shape.architecture}, {shape.parameters:,} parameters, {shape.layers} layers; adapted: {counted}")
-    unknown = [rest for rest in shape.rest if not rest.known]
-    for rest in unknown:
-        print(f"no linear map, not adapted: {rest.module} ({rest.example}), {rest.parameters:,} parameters")
+    print(f"{shape.name}: {shape.architecture}, {shape.parameters:,} parameters, {shape.layers} layers; linear maps adapted: {counted}")
+    for rest in shape.rest:
+        if not rest.known:
+            print(f"not adapted, no linear map: {rest.module} ({rest.example}), {rest.parameters:,} parameters")
+    print(f"{plan.steps:,} steps of {_step(plan)}")
     for section, figures in plan.sections.items():
-        if not figures:
-            continue
-        print(f"\n{section}")
-        print_table(("", "", "range", "" if explain else "how"), [_row(figure, explain) for figure in figures], "")
-        if explain:
-            for figure in figures:
-                print(f"  {figure.name}: {figure.formula}\n    {figure.source}" + (f"\n    {figure.note}" if figure.note else ""))
-    print(f"\n{plan.steps:,} steps")
+        if figures and not explain:
+            print_table((section, "", "range"), [(figure.name, figure.text, figure.range) for figure in figures], "")
+        elif explain:
+            print("".join(f"\n{_explained(figure)}" for figure in figures))
+    if explain:
+        print(f"\nLoRA elsewhere; by how much a learning rate there is to be multiplied here (alpha {plan.config.alpha:g}):")
+        rows = [
+            (one["library"], one["rank"] or "-", f"{one['alpha']:g}", f"{one['factors'][0]:.2g} to {one['factors'][1]:.2g}", one["targets"])
+            for one in _elsewhere(plan)
+        ]
+        print_table(("library", "rank", "alpha", "factor", "targets"), rows, "")
     for warning in plan.warnings:
         print(f"WARNING  {warning}")
     if write is not None:
         print(f"written: {write}; train: veneer train {write}")
 
 
-def _row(figure: Figure, explain: bool) -> tuple[str, str, str, str]:
-    return figure.name, figure.text, figure.range, "" if explain else figure.note or figure.formula
+def _step(plan: Plan) -> str:
+    work = plan.work
+    if plan.wish.kind == "sft":
+        return f"{work.episodes} rows of {work.drawn_tokens:.0f} trained tokens"
+    return f"{work.groups} problems x {work.group_size} episodes; {work.prompt_tokens:.0f} tokens of prompt, {work.drawn_tokens:.0f} drawn"
+
+
+def _explained(figure: Figure) -> str:
+    lines = [f"{figure.name}: {figure.text}" + (f" ({figure.range})" if figure.range else ""), figure.formula, figure.source, figure.note]
+    return "\n    ".join(line for line in lines if line)
+
+
+def _elsewhere(plan: Plan) -> list[dict[str, Any]]:
+    from veneer.measure.plan.libraries import conversion_table
+    from veneer.measure.plan.rate import Rule
+
+    return conversion_table(Rule(plan.config.rank, plan.config.alpha), plan.config.rank)

@@ -16,6 +16,8 @@ STEPPING = 9
 """Rows that an optimizer step makes beside them (``Rows.adam``, ``LocalEngine._optim_steps``)."""
 USUAL_FULL, USUAL_ADAPTER = 16, 16
 """Bytes a trained parameter in mixed precision: weight and gradient 2 each, master copy and two moments 4 each."""
+LEAST, SHARE = 256, 0.5
+"""Tokens of a pass at least; share of the free memory that its activations may take."""
 WRITTEN_OUT = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures whose layers the engine runs itself (``engine/fused.py``)."""
 KEPT = "outputs of maps, inputs of those that close a block, rotated queries and keys, attention's copies, A x"
@@ -109,6 +111,15 @@ def kept_numbers(shape: ModelShape) -> float:
     inner = [m for m in shape.maps if m.kind in ("attention", "mlp", "expert")]
     turned = sum(a.layers * (a.heads + a.kv_heads) * a.qk_dim for a in shape.attention)
     return turned + sum(m.active * (m.d_out + m.closes * m.d_in) for m in inner)
+
+
+def tokens_that_fit(shape: ModelShape, passes: Passes, free: float) -> int:
+    """Of a training pass whose activations take half of what is free, as the engine's trainer does it (``engine/trainer.py``)."""
+    kept = kept_numbers(shape)
+    numbers = (
+        shape.layers * shape.hidden + 2 * kept / max(1, shape.layers) if passes.checkpointing else 1.5 * kept
+    )  # with attention's copies
+    return max(LEAST, int(SHARE * free / (numbers * passes.bytes)))
 
 
 def plan_activations(shape: ModelShape, passes: Passes, reading: Reading, maps: Sequence[LinearMap], rank: int) -> Figure:

@@ -14,7 +14,8 @@ LARGEST_GROUP = 1024
 """Above it a task should be made easier."""
 TOO_HARD, TOO_EASY = 0.02, 0.98
 """Pass rates of the median problem beyond which groups of a usual size carry almost nothing."""
-RESAMPLES = 200
+RESAMPLES = 100
+QUANTILES, LEAST_ALIKE = 128, 1e-3
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,21 @@ class PassRates:
     def median(self) -> float:
         return float(np.median(self.array))
 
-    def smoothed(self) -> PassRates:
-        """(c + 1/2) / (n + 1) for c of n: a problem that eight tries did not solve is not one that cannot be solved."""
-        if self.tries is None:
+    def population(self) -> PassRates:
+        """What is known of problems like these: quantiles of the Beta distribution of pass rates from which so many tries would give
+        these shares, by its first two moments (beta-binomial). A problem that eight tries did not solve is not one that cannot be
+        solved. Without tries, the rates themselves."""
+        if self.tries is None or self.tries < 2:
             return self
-        return PassRates(tuple((p * self.tries + 0.5) / (self.tries + 1) for p in self.rates_P), self.tries)
+        from scipy.special import betaincinv
+
+        mean = min(max(self.mean, 0.5 / (self.tries * len(self.rates_P) + 1)), 1 - 0.5 / (self.tries * len(self.rates_P) + 1))
+        spread = float(self.array.var(ddof=1)) / (mean * (1 - mean)) if len(self.rates_P) > 1 else 0.0
+        alike = (self.tries * spread - 1) / (self.tries - 1)  # intraclass correlation: Var(c / n) = m (1 - m) (1 + (n - 1) rho) / n
+        alike = min(max(alike, LEAST_ALIKE), 1 - LEAST_ALIKE)
+        both = 1 / alike - 1
+        places = (np.arange(QUANTILES) + 0.5) / QUANTILES
+        return PassRates(tuple(np.clip(betaincinv(mean * both, (1 - mean) * both, places), 0.0, 1.0).tolist()))
 
 
 def entropy(p: float | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -88,26 +99,40 @@ def smallest_group(rates: PassRates, share: float) -> int | None:
 
 
 def plan_group_size(rates: PassRates, share: float) -> Figure:
-    """From the wanted share of useful groups. The range: problems drawn anew from those measured, 95%, or, if it is wider, what the rates
-    would be if each were a little less extreme than its few tries say."""
-    value = smallest_group(rates, share)
+    """From the wanted share of useful groups. The range: problems drawn anew from those measured, 95%."""
+    known = rates.population()
+    value = smallest_group(known, share)
     formula = f"the smallest G with mean over problems of 1 - p^G - (1 - p)^G >= {share:g}"
+    if rates.tries:
+        formula += f"; p as {rates.tries} tries at each of {len(rates.rates_P)} let it be (beta-binomial)"
     source = "counting: a group in which all fare alike has advantages of 0"
     if value is None:
-        reached = useful_groups(rates, LARGEST_GROUP)
+        reached = useful_groups(known, LARGEST_GROUP)
         why = f"even groups of {LARGEST_GROUP} are useful in {reached:.0%} only: the others are always or never solved"
         return Figure("group size", None, "episodes", formula, source, note=why)
+    sizes = [value, *(smallest_group(one.population(), share) or LARGEST_GROUP for one in _resampled(rates))]
+    low, high = np.quantile(sizes, (0.025, 0.975)).tolist()
+    note = hardness(rates) if rates.tries else "the rates are taken as they are: no tries behind them are known"
+    return Figure("group size", value, "episodes", formula, source, min(value, math.floor(low)), max(value, math.ceil(high)), note)
+
+
+def _resampled(rates: PassRates) -> list[PassRates]:
     rng = np.random.default_rng(0)
-    drawn = (PassRates(tuple(rng.choice(rates.array, len(rates.array)).tolist())) for _ in range(RESAMPLES if len(rates.array) > 1 else 0))
-    sizes = [smallest_group(one, share) or LARGEST_GROUP for one in drawn] or [value]
-    ends = [*np.quantile(sizes, (0.025, 0.975)).tolist(), value, smallest_group(rates.smoothed(), share) or LARGEST_GROUP]
-    note = _hardness(rates)
-    if not rates.tries:
-        note = f"the rates are taken as given{'; ' + note if note else ''}"
-    return Figure("group size", value, "episodes", formula, source, math.floor(min(ends)), math.ceil(max(ends)), note)
+    count = RESAMPLES if len(rates.rates_P) > 1 else 0
+    return [PassRates(tuple(rng.choice(rates.array, len(rates.rates_P)).tolist()), rates.tries) for _ in range(count)]
 
 
-def _hardness(rates: PassRates) -> str:
+def plan_useful(rates: PassRates, group_size: int) -> Figure:
+    """The share of useful groups of a given size."""
+    value = useful_groups(rates.population(), group_size)
+    shares = [value, *(useful_groups(one.population(), group_size) for one in _resampled(rates))]
+    low, high = np.quantile(shares, (0.025, 0.975)).tolist()
+    formula = f"mean over problems of 1 - p^G - (1 - p)^G, G = {group_size}"
+    return Figure("useful groups", value, "", formula, "as the group size", min(low, value), max(high, value))
+
+
+def hardness(rates: PassRates) -> str:
+    """What is wrong with the problems, in words; nothing where they are fit."""
     if rates.median < TOO_HARD:
         return f"half of the problems are solved in less than {TOO_HARD:.0%} of tries: demonstrations or easier problems first"
     if rates.median > TOO_EASY:
@@ -117,12 +142,12 @@ def _hardness(rates: PassRates) -> str:
 
 def plan_bits(rates: PassRates, group_size: int) -> Figure:
     """Bits that an episode brings at most."""
-    value, bound = float(advantage_bits(rates.array, group_size).mean()), float(entropy(rates.array).mean())
-    smoothed = float(entropy(rates.smoothed().array).mean())
+    known = rates.population().array
+    value, bound = float(advantage_bits(known, group_size).mean()), float(entropy(known).mean())
     formula = "mean over problems of H(p) - s h(p^G / s) / G, s = p^G + (1 - p)^G"
     source = f"{TML}, section on capacity: what a policy gradient learns is at most the entropy of its advantages"
     note = f"an upper bound at the pass rates of the start; H(p) itself is {bound:.3g}, and it is never 1 unless every p is 1/2"
-    return Figure("bits an episode", value, "bits", formula, source, 0.0, max(value, bound, smoothed), note)
+    return Figure("bits an episode", value, "bits", formula, source, 0.0, max(value, bound), note)
 
 
 def plan_demand(rates: PassRates, group_size: int, episodes: int) -> Figure:

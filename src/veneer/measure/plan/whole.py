@@ -165,13 +165,10 @@ def _signal(wish: Wish) -> tuple[list[Figure], StepWork]:
         planned = signal.plan_group_size(wish.rates, wish.useful)
         if wish.group_size is None and planned.value is not None:
             group_size = max(2, int(planned.value))
-        useful = signal.useful_groups(wish.rates, group_size)
-        formula = f"mean over problems of 1 - p^G - (1 - p)^G, G = {group_size}"
-        smoothed = signal.useful_groups(wish.rates.smoothed(), group_size)
         figures = [
             Figure("pass rate", wish.rates.mean, "", f"mean over {len(wish.rates.rates_P)} problems", "measured or given"),
             planned,
-            Figure("useful groups", useful, "", formula, planned.source, min(useful, smoothed), max(useful, smoothed)),
+            signal.plan_useful(wish.rates, group_size),
             signal.plan_bits(wish.rates, group_size),
         ]
     groups = wish.groups or GROUPS
@@ -248,6 +245,9 @@ def _batch(wish: Wish, work: StepWork, rank: int, steps: int) -> Figure:
 
 def _memory(shape: ModelShape, wish: Wish, work: StepWork, maps: Sequence[LinearMap], rank: int, parameters: int) -> list[Figure]:
     passes, reading = wish.passes, memory.Reading(work.prompts, work.drawn, work.prompt_tokens, work.drawn_tokens)
+    if wish.device is not None:
+        fits = memory.tokens_that_fit(shape, passes, wish.device.memory - memory.BYTES[passes.dtype] * shape.parameters)
+        passes = replace(passes, tokens=min(passes.tokens, fits))
     base, adapter = memory.plan_base(shape, passes.dtype), memory.plan_adapter(parameters, max(m.d_in for m in maps))
     activations = memory.plan_activations(shape, passes, reading, maps, rank)
     held, full = [base, adapter, activations], [base, memory.plan_full(shape), activations]
@@ -327,8 +327,10 @@ def _warnings(wish: Wish, work: StepWork, rank: int, steps: int, sections: Mappi
         found.append(f"rank {rank} with {work.episodes} episodes a step: such runs have collapsed; take rank 32 or less")
     if wish.kind == "rl" and wish.rates is None:
         found.append("no pass rates: group size and bits cannot be planned; give --pass-rates, or --env with a base that can be loaded")
+    if wish.rates is not None and (hardness := signal.hardness(wish.rates)):
+        found.append(hardness)
     planned = next((figure for figure in sections["learning"] if figure.name == "group size"), None)
-    if planned is not None and planned.note:
+    if planned is not None and planned.value is None:
         found.append(planned.note)
     memory_needed = next(figure for figure in sections["memory"] if figure.name == "memory")
     if wish.device is not None and memory_needed.value is not None and memory_needed.value > wish.device.memory:
