@@ -144,7 +144,7 @@ def test_break_even() -> None:
 def test_a_whole_step_saves_less(old: bool, ratio: float) -> None:
     """(1 + 2) / (1 + 3) with sampling, (2 + 2) / (2 + 3) with the log-probabilities again: no third."""
     shape = shape_of(LLAMA)
-    work = StepWork(8, 16, 0.0, 1000.0, old)
+    work = StepWork(8, 16, 0.0, 1000.0, 1000.0, old)
     mine, full = (step_flops(shape, work, what) for what in (Trained(shape.adapted(LoraConfig(1)), 1), FULL))
     assert mine.linear / full.linear == pytest.approx(ratio, rel=0.02)
     assert mine.attention == full.attention

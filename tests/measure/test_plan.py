@@ -280,10 +280,10 @@ def test_rates_from_libraries() -> None:
 def test_time_is_what_the_slower_side_takes() -> None:
     """A device of 10 FLOPs and 10 bytes a second, all of which is used."""
     device = cost.Device("toy", 10, 10, 100, "float32", "none", (1.0, 1.0), (1.0, 1.0))
-    work = StepWork(1, 4, 0.0, 5.0)
+    work = StepWork(1, 4, 0.0, 3.0, 5.0)
     flops = StepFlops(prompts=10, sampling=20, old_logprobs=0, training=50, attention=20)
     sampling, rest = step_seconds(device, flops, work, StepBytes(weights=6, cache_token=0, rows=2), (1.0, 1.0))
-    assert (sampling, rest) == (2 * 5 * 6 / 10, 8.0)  # two waves of five tokens, six bytes each
+    assert (sampling, rest) == (2 * 5 * 6 / 10, 8.0)  # two waves, each until its longest has five tokens, six bytes a token
     sampling, _ = step_seconds(device, flops, work, StepBytes(weights=0.1, cache_token=0, rows=4), (1.0, 1.0))
     assert sampling == 2.0  # its products take longer
     step = plan_step_time(device, flops, work, StepBytes(6, 0, 2))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TRIES = 8
 """At a problem."""
-CPU_FLOPS, CPU_BANDWIDTH = (0.1, 0.6), (0.1, 0.8)
+CPU_FLOPS, CPU_BANDWIDTH = (0.05, 0.5), (0.05, 0.5)
 """Shares of what is measured that a run reaches on a CPU."""
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 TASK: tuple[Option, ...] = (
@@ -168,6 +168,7 @@ def _wish(model: str, options: Mapping[str, Any], tried: Tried | None, name: str
         options["steps"],
         prompt,
         drawn,
+        longest,
         options["old_logprobs"],
         text,
         options["full_lr"],

@@ -130,6 +130,8 @@ class StepWork:
     prompt_tokens: float
     drawn_tokens: float
     """An episode, on average."""
+    longest: float
+    """Tokens drawn of the longest: until then the others of its wave have ended, and a step goes on."""
     old_logprobs: bool = False
     """Whether the trainer computes the sampler's log-probabilities again; Veneer's sampler brings them."""
     prompts_once: bool = True

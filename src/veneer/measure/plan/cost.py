@@ -76,15 +76,15 @@ class StepBytes:
 def step_seconds(device: Device, flops: StepFlops, work: StepWork, size: StepBytes, used: tuple[float, float]) -> tuple[float, float]:
     """Of sampling and of all else, at these shares of FLOPs and bandwidth.
 
-    Completions decode in waves of ``rows``. A token of all of a wave takes what is slower of its products and of reading the weights and,
-    on average, the prompts and half of what is drawn of every completion's keys and values."""
+    Completions decode in waves of ``rows``, each until its longest ends. A token of all of a wave takes what is slower of its products and
+    of reading the weights, and of every completion's keys and values the prompt's and, on average, half of what is drawn."""
     of_flops, of_bandwidth = used
     rest = (flops.prompts + flops.old_logprobs + flops.training + flops.attention) / (device.flops * of_flops)
     if not work.samples or not work.drawn:
         return 0.0, rest
     waves = math.ceil(work.episodes / size.rows)
-    read = size.weights + min(size.rows, work.episodes) * size.cache_token * (work.prompt_tokens + work.drawn_tokens / 2)
-    reading = waves * work.drawn_tokens * read / (device.bandwidth * of_bandwidth)
+    cache = size.cache_token * work.drawn * (work.prompt_tokens + work.drawn_tokens / 2)
+    reading = (waves * work.longest * size.weights + cache) / (device.bandwidth * of_bandwidth)
     return max(reading, flops.sampling / (device.flops * of_flops)), rest
 
 
@@ -96,7 +96,7 @@ def plan_step_time(device: Device, flops: StepFlops, work: StepWork, size: StepB
         f"cache) / (bandwidth x {device.used_bandwidth[0]:g} to {device.used_bandwidth[1]:g}), or their FLOPs where these take longer"
     )
     source = f"{device.sheet}; {USED}" if device.name != "cpu" else device.sheet
-    note = "environments, tools and graders apart"
+    note = "environments, graders, and what a program does between two products apart: on small models and a CPU that is as much again"
     return Figure("a step", math.sqrt(slow * fast), "seconds", formula, source, fast, slow, note)
 
 

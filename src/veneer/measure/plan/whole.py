@@ -69,6 +69,8 @@ class Wish:
     steps: int | None = None
     prompt_tokens: float = 0.0
     drawn_tokens: float = 0.0
+    longest: float = 0.0
+    """Tokens drawn of the longest episode."""
     old_logprobs: bool = False
     text: Text | None = None
     full_rate: float | None = None
@@ -158,7 +160,7 @@ def _signal(wish: Wish) -> tuple[list[Figure], StepWork]:
     """Figures of the task's signal, and a step's work."""
     if wish.kind == "sft":
         text = wish.text or Text(0.0, 16, 1.0)
-        return [], StepWork(text.batch_size, 1, text.prompt_tokens, text.row_tokens, samples=False)
+        return [], StepWork(text.batch_size, 1, text.prompt_tokens, text.row_tokens, text.row_tokens, samples=False)
     figures = list[Figure]()
     group_size = wish.group_size or GROUP_SIZE
     if wish.rates is not None:
@@ -172,7 +174,9 @@ def _signal(wish: Wish) -> tuple[list[Figure], StepWork]:
             signal.plan_bits(wish.rates, group_size),
         ]
     groups = wish.groups or GROUPS
-    return figures, StepWork(groups, group_size, wish.prompt_tokens, wish.drawn_tokens, wish.old_logprobs)
+    return figures, StepWork(
+        groups, group_size, wish.prompt_tokens, wish.drawn_tokens, max(wish.longest, wish.drawn_tokens), wish.old_logprobs
+    )
 
 
 def _steps(shape: ModelShape, wish: Wish, work: StepWork, trained: Trained) -> int:
