@@ -28,7 +28,7 @@ def veneer(tmp_path_factory: pytest.TempPathFactory) -> Generator[Veneer, None, 
         yield veneer
 
 
-SESSIONS = ("README.md", *(f"docs/{name}.md" for name in ("registry", "operating", "proof", "studies", "supervised")))
+SESSIONS = ("README.md", *(f"docs/{name}.md" for name in ("registry", "operating", "proof", "studies", "supervised", "plan")))
 
 
 @pytest.mark.parametrize("page", SESSIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +250,16 @@ def test_libraries_differ_sixteenfold() -> None:
         low, high = row["factors"]
         assert low <= row["factor"] <= high
         assert row["where"].count("/") >= 1
+
+
+def test_the_page_has_the_table() -> None:
+    """docs/plan.md says of each library what the command says."""
+    page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
+    for row in conversion_table(Rule(8, 32.0), 32):
+        low, high = row["factors"]
+        scale = f"{row['scale']:g}" + ("" if row["rank"] else " at rank 32")
+        start = f"| {row['library']} | {row['rank'] or '-'} | {row['alpha']:g} | {scale} | {low:.2g} to {high:.2g} |"
+        assert f"{start} {row['targets']} | {row['where']} |" in page
 
 
 def test_installed_peft_has_these_defaults() -> None:

@@ -23,7 +23,7 @@ from veneer.shapes import ModelShape, adapter_parameters
 from veneer.types import AdamParams, Datum, LoraConfig, SamplingParams
 
 CLOSE = 0.1
-WIDE = {"vocab_size": 97, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 8}
+WIDE = {"vocab_size": 97, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 MANY_TOKENS = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
