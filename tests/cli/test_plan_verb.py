@@ -27,14 +27,14 @@ def figures(document: dict) -> dict[str, dict]:
 
 def test_a_task_is_measured_planned_and_trained(veneer: Veneer, home: Path, tmp_path: Path) -> None:
     """From the task's name to a finished run: rates are measured, and the file is one that trains."""
-    options = ("--env", "arithmetic", "--env-arg", "max_terms=3", "--problems", 8, "--full-lr", 1.5e-4, "--steps", 2, "--groups", 2)
+    options = ("--env", "arithmetic", "--env-arg", "max_terms=3", "--problems", 4, "--full-lr", 1.5e-4, "--steps", 2, "--groups", 2)
     planned = veneer(home, "plan", "nano", *options, "--group-size", 4, "--device", "cpu", "--write", "mine.toml", "--json", cwd=tmp_path)
     assert planned.code == 0, planned.err
     found = figures(planned.document)
     assert found["adapter parameters"]["value"] == 8 * 11_264
     assert found["learning rate"]["value"] == pytest.approx(1.5e-3)
     assert 0 < found["pass rate"]["value"] < 1
-    assert "8 tries at each of 8" in found["group size"]["formula"]
+    assert "8 tries at each of 4" in found["group size"]["formula"]
     assert found["the run"]["low"] < found["the run"]["value"] < found["the run"]["high"]
     assert 10 < planned.document["step"]["prompt_tokens"] < 40
     written = tomllib.loads((tmp_path / "mine.toml").read_text())
@@ -58,6 +58,33 @@ def test_a_file_of_demonstrations_is_planned_and_trained(veneer: Veneer, home: P
     assert any("small batches" in warning for warning in planned.document["warnings"])
     trained = veneer(home, "train", "mine.toml", cwd=tmp_path)
     assert trained.code == 0, trained.err
+
+
+def test_a_range_test_runs(veneer: Veneer, home: Path, tmp_path: Path) -> None:
+    """Five rates for a few steps of two short episodes, kept like a study's runs. Nothing can be learned from so few, and it says so."""
+    options = (
+        "--env",
+        "sort",
+        "--pass-rates",
+        "0.5",
+        "--groups",
+        1,
+        "--group-size",
+        2,
+        "--max-tokens",
+        4,
+        "--range-test",
+        "--range-steps",
+        2,
+        "--json",
+    )
+    done = veneer(home, "plan", "nano", *options, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err.count("range test") == 5
+    rate = figures(done.document)["learning rate"]
+    assert (rate["value"], rate["note"]) == (None, "no rate improved on the base: an easier task, or demonstrations first")
+    assert "1 steps each" in rate["source"]
+    assert len(list((home / "studies" / "runs").iterdir())) == 5
 
 
 def test_a_person_reads_it(veneer: Veneer, home: Path) -> None:
@@ -122,6 +149,7 @@ def test_rates_in_a_file(veneer: Veneer, home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("nano", "--range-test"), "name one with --env"),
         (("nobody/nothing",), "no such folder or config.json"),
         (("nano", "--rank", "65"), "rank 65 does not fit: it must be from 1 to 64"),
         (("nano", "--target", "w_proj"), "target 'w_proj' matches no linear map; nano has"),

@@ -14,14 +14,17 @@ from veneer.cli.output import emit, json_option, print_table
 if TYPE_CHECKING:
     from veneer.measure.plan.cost import Device
     from veneer.measure.plan.figure import Figure
+    from veneer.measure.plan.memory import Passes
     from veneer.measure.plan.signal import PassRates
-    from veneer.measure.plan.whole import Budget, Plan
+    from veneer.measure.plan.whole import Budget, Plan, Wish
     from veneer.train.pass_rates import Tried
 
 TRIES = 8
 """At a problem."""
 CPU_FLOPS, CPU_BANDWIDTH = (0.05, 0.5), (0.05, 0.5)
 """Shares of what is measured that a run reaches on a CPU."""
+UNKNOWN_RATE = 1e-4
+"""Around which rates are tried where none is planned."""
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 TASK: tuple[Option, ...] = (
     click.option("--kind", type=click.Choice(["rl", "sft"]), default="rl", show_default=True),
@@ -56,6 +59,8 @@ ADAPTER: tuple[Option, ...] = (
     click.option("--target", "targets", multiple=True, help="Ending of a module's name; replaces the three switches. Repeatable."),
     click.option("--full-lr", type=click.FloatRange(0, min_open=True), help="A tuned learning rate of full fine-tuning."),
     click.option("--lr", type=click.FloatRange(0, min_open=True), help="A learning rate of adapters: this one, or --from's."),
+    click.option("--range-test", is_flag=True, help="Try five rates on the task for a few steps, some minutes on nano: an estimate."),
+    click.option("--range-steps", type=click.IntRange(1), default=16, show_default=True),
     click.option("--from", "library", metavar="LIBRARY", help="Whose rule of alpha and rank --lr belongs to: trl, verl, ..."),
     click.option("--from-rank", type=click.IntRange(1), help="There, if not its default."),
     click.option("--from-alpha", type=click.FloatRange(0, min_open=True), help="There, if not its default."),
@@ -88,12 +93,17 @@ def command(model: str, write: Path | None, explain: bool, as_json: bool, **opti
 
     Each figure has a range, a formula and a source (--explain). docs/plan.md says what was checked.
     """
+    from dataclasses import replace
+
     from veneer.engine.shapes import count_shape
     from veneer.measure.plan.whole import make_plan
 
     shape = count_shape(model)
     tried = _try(model, options)
-    plan = make_plan(shape, _wish(model, options, tried, shape.name))
+    wish = _wish(model, options, tried)
+    plan = make_plan(shape, wish)
+    if options["range_test"]:
+        plan = make_plan(shape, replace(wish, rate=_range_test(model, plan, options)))
     toml = _toml(model, plan, options) if write is not None else None
     if write is not None:
         _write(write, toml or {})
@@ -138,7 +148,7 @@ def _max_tokens(options: Mapping[str, Any]) -> int:
     return int(options["max_tokens"] or 2 * (options["drawn_tokens"] or 36))
 
 
-def _wish(model: str, options: Mapping[str, Any], tried: Tried | None, name: str) -> Any:
+def _wish(model: str, options: Mapping[str, Any], tried: Tried | None) -> Wish:
     from veneer.engine.cache import AHEAD, capacity_for, places_of
     from veneer.engine.sampler import ROWS
     from veneer.measure.plan.signal import PassRates
@@ -188,7 +198,7 @@ def _on_cpu(model: str) -> bool:
     return model == NANO
 
 
-def _passes(kind: str, options: Mapping[str, Any]) -> Any:
+def _passes(kind: str, options: Mapping[str, Any]) -> Passes:
     from veneer.engine.logprobs import LOGITS_AT_ONCE
     from veneer.engine.packing import WHOLE
     from veneer.engine.trainer import TOKENS_PER_PASS
@@ -224,6 +234,45 @@ def _given_rate(options: Mapping[str, Any]) -> Figure | None:
         return None if options["lr"] is None else Figure("learning rate", options["lr"], "", "given", "--lr")
     here = Rule(options["rank"] or 8, options["alpha"] or 32.0)
     return rate_from_library(options["library"], options["lr"], here, options["from_rank"], options["from_alpha"])
+
+
+def _range_test(model: str, plan: Plan, options: Mapping[str, Any]) -> Figure:
+    """The learning rate by the runs of ``studies/range_test.py``."""
+    import asyncio
+    import sys
+
+    from veneer.cli.assemble import start
+    from veneer.engine import default_device
+    from veneer.measure.plan.figure import Figure
+    from veneer.store.files import veneer_home
+    from veneer.studies.lab import Lab, Outcome, Place
+    from veneer.studies.range_test import PROBLEMS, grid, try_rates
+    from veneer.train.config import make_config
+    from veneer.train.session import stop_signals
+    from veneer.types import ConfigError
+
+    if plan.wish.kind != "rl" or options["env"] is None or not _has_weights(model):
+        raise ConfigError("--range-test: it trains on a task; name one with --env, and give a MODEL whose weights are here")
+    rates = grid(plan.learning_rate or UNKNOWN_RATE)
+    config = make_config(_run(model, plan, options, rates[0]))
+
+    def open_place(config: Any) -> Place:
+        machine = start(config.base, options["threads"], config.weights, config.device)
+        return Place(machine.engine, machine.renderer)
+
+    def told(outcome: Outcome, done: int, of: int) -> None:
+        print(f"range test {done} of {of}: {outcome.config.rl.learning_rate:.3g} -> {outcome.score:.3f}", file=sys.stderr, flush=True)
+
+    lab = Lab(veneer_home() / "studies" / "runs", open_place, default_device(), len(rates), told)
+    with stop_signals(lab.stop):
+        found = asyncio.run(try_rates(lab, config, rates, options["range_steps"]))
+    ends = ", ".join(f"{one.rate:.2g}: {'diverged' if one.diverged else f'{one.after:.3f}'}" for one in found.tried)
+    formula = f"the middle of the rates that end as well as the best one ({found.tried[0].before:.3f} before; {ends})"
+    source = f"measured: {options['range_steps']} steps each, {PROBLEMS} held-out problems, one seed"
+    note = "an estimate: short runs bear larger rates than long ones" + (f"; {found.edge}: it may lie further out" if found.edge else "")
+    if found.value is None:
+        note = "no rate improved on the base: an easier task, or demonstrations first"
+    return Figure("learning rate", found.value, "", formula, source, found.low, found.high, note)
 
 
 def _device(options: Mapping[str, Any]) -> Device | None:
@@ -267,8 +316,27 @@ def _budget(options: Mapping[str, Any]) -> Budget:
 # ---------------------------------------------------------------- what is told
 
 
+def _run(model: str, plan: Plan, options: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
+    """A run's configuration as a file has it; ``rate``: in place of the planned one."""
+    from dataclasses import replace
+
+    from veneer.train.config import make_config
+
+    values = {"base": model, "seed": options["seed"], "threads": options["threads"]}
+    values |= (plan if rate is None else replace(plan, learning_rate=rate)).settings()
+    if plan.wish.kind == "rl":
+        args = [f"env.args.{argument}" for argument in options["env_args"]]
+        values["env"] = {"name": options["env"], "args": make_config({}, args).env.args}
+        values["rl"]["max_tokens"] = _max_tokens(options)
+    else:
+        values["sft"]["data"] = options["data"]
+    if options["checkpointing"]:
+        values["gradient_checkpointing"] = True
+    return values
+
+
 def _toml(model: str, plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration, checked."""
+    """What is written, checked."""
     from veneer.train.config import make_config
     from veneer.types import ConfigError
 
@@ -276,20 +344,11 @@ def _toml(model: str, plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"--write: {model} is a configuration and holds no weights; name the model, or a folder with its weights")
     if any(m.kind == "expert" for m in plan.maps):
         raise ConfigError("--write: the engine does not adapt experts yet; give --no-mlp")
-    values = plan.settings()
-    if plan.wish.kind == "rl":
-        if options["env"] is None:
-            raise ConfigError("--write: name the task with --env")
-        args = [f"env.args.{argument}" for argument in options["env_args"]]
-        values["env"] = {"name": options["env"], "args": make_config({}, args).env.args}
-        values["rl"]["max_tokens"] = _max_tokens(options)
-    else:
-        if options["data"] is None:
-            raise ConfigError("--write: name the file to learn from with --data")
-        values["sft"]["data"] = options["data"]
-    values = {"base": model, "seed": options["seed"], "threads": options["threads"], **values}
-    if options["checkpointing"]:
-        values["gradient_checkpointing"] = True
+    if plan.wish.kind == "rl" and options["env"] is None:
+        raise ConfigError("--write: name the task with --env")
+    if plan.wish.kind == "sft" and options["data"] is None:
+        raise ConfigError("--write: name the file to learn from with --data")
+    values = _run(model, plan, options)
     make_config({"name": "plan", **values})
     return values
 

@@ -108,7 +108,7 @@ class Plan:
             ConfigError: there is no learning rate.
         """
         if self.learning_rate is None:
-            raise ConfigError("no learning rate could be planned for this architecture: give --full-lr or --lr")
+            raise ConfigError("no learning rate is known: give --full-lr or --lr")
         lora = {"rank": self.config.rank, "alpha": self.config.alpha}
         lora |= {"train_attn": self.config.train_attn, "train_mlp": self.config.train_mlp, "train_unembed": self.config.train_unembed}
         if self.config.target_modules:
