@@ -83,7 +83,7 @@ def test_a_range_test_runs(veneer: Veneer, home: Path, tmp_path: Path) -> None:
     assert done.err.count("range test") == 5
     rate = figures(done.document)["learning rate"]
     assert (rate["value"], rate["note"]) == (None, "no rate improved on the base: an easier task, or demonstrations first")
-    assert "1 steps each" in rate["source"]
+    assert "2 steps each" in rate["source"]
     assert len(list((home / "studies" / "runs").iterdir())) == 5
 
 
