@@ -171,6 +171,27 @@ def test_what_the_engine_refuses_is_not_planned(nano: LocalEngine, nano_shape: M
     assert str(planned.value) == str(made.value)
 
 
+def test_layers_may_differ() -> None:
+    """Gemma 4's global layers have wider heads than its sliding ones, and only those have a window."""
+    config = hf.CONFIG_MAPPING["gemma4_text"](num_hidden_layers=6, vocab_size=97, vocab_size_per_layer_input=97)
+    sliding, full = count_shape(config.to_dict()).attention
+    assert (sliding.layers, sliding.qk_dim, sliding.window) == (5, 256, 512)
+    assert (full.layers, full.qk_dim, full.window) == (1, 512, None)
+
+
+def test_latent_attention_and_linear_attention() -> None:
+    """DeepSeek's queries and keys are wider than its values; of Qwen3-Next's layers one in four attends."""
+    latent = hf.DeepseekV3Config(
+        **SMALL, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8
+    )
+    (layers,) = count_shape(latent.to_dict()).attention
+    assert (layers.kv_heads, layers.qk_dim, layers.v_dim) == (4, 192, 128)
+    linear = hf.Qwen3NextConfig(**{**SMALL, "num_hidden_layers": 4}, head_dim=8, num_experts=4, num_experts_per_tok=2)
+    shape = count_shape(linear.to_dict())
+    assert [layers.layers for layers in shape.attention] == [1]
+    assert {rest.module for rest in shape.rest if not rest.known} >= {"Conv1d"}
+
+
 def test_what_is_no_linear_map_is_named() -> None:
     """State-space layers hold parameters that no adapter reaches."""
     config = hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4).to_dict()

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from veneer.assets import known_configs, resolve_base
@@ -23,7 +23,7 @@ from veneer.types import BaseError, in_one_line
 
 CLOSING = re.compile(r"(^|\.)(o_proj|out_proj|dense|c_proj|wo|down_proj|fc2|w2|dense_4h_to_h|fc_out)$")
 """Names of maps that read what their block made."""
-ELSEWHERE = re.compile(r"(^|\.)(vision|visual|audio|image|mtp)")
+ELSEWHERE = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal|mtp)")
 """Parts of a model that a token of text does not go through."""
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
 """What configurations call the number of experts that a token goes through."""
@@ -43,17 +43,17 @@ def count_shape(source: str | Mapping[str, Any]) -> ModelShape:
             f"base {name!r}: transformers does not know model_type {kind!r}, so its layers cannot be counted; give a config.json of an "
             f"architecture that it knows and that has the same layers, or install a newer transformers"
         )
-    transformers_logging.set_verbosity_error()
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
+        shape = None if head is None else _walk(name, model, head, config.get_text_config())
     except Exception as error:  # every architecture checks its configuration in its own way
         raise BaseError(f"base {name!r}: transformers cannot build a causal language model of it ({in_one_line(error)})") from error
-    if head is None:
+    if shape is None:
         raise BaseError(f"base {name!r}: {type(model).__name__} has no unembedding, it is no causal language model")
-    return _walk(Path(name).name if Path(name).is_dir() else name, model, head, config.get_text_config())
+    return shape
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -86,8 +86,11 @@ def _walk(name: str, model: nn.Module, head: nn.Module, config: PretrainedConfig
     maps = list(_maps(model, head, config, seen, doubts))
     embedding = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     parameters = {id(p): p.numel() for p in model.parameters()}
+    shared = sum(seen[key] > 1 for key in seen)
+    if shared:
+        doubts.append(f"{shared} tensors serve several linear maps, each of which is counted: an adapter that they share would be smaller")
     return ModelShape(
-        name,
+        Path(name).name if Path(name).is_dir() else name,
         type(model).__name__,
         _staged(sorted(maps, key=lambda m: m.kind == "unembedding")),
         _attention(config),
@@ -118,7 +121,7 @@ def _maps(model: nn.Module, head: nn.Module, config: PretrainedConfig, seen: Cou
             d_out, d_in = own["weight"].shape if isinstance(module, nn.Linear) else own["weight"].shape[::-1]
             seen.update(map(id, own.values()))
             yield LinearMap(name, _kind(name), d_in, d_out, active=0 if ELSEWHERE.search(name) else 1, closes=_closes(name))
-        elif cubes and "expert" in name:
+        elif cubes and "expert" in f"{name} {type(module).__name__}".lower():
             active = _active(config, name, len(next(iter(cubes.values()))), doubts)
             for key, cube in cubes.items():
                 seen[id(cube)] += 1
@@ -185,20 +188,22 @@ def _staged(maps: Sequence[LinearMap]) -> list[LinearMap]:
 
 
 def _attention(config: PretrainedConfig) -> list[Attention]:
-    """From the configuration: layers that attend, by their window. Layers of linear attention and the like have none."""
-    heads = int(getattr(config, "num_attention_heads", None) or 0)
-    if not heads:
-        return []
-    latent = getattr(config, "kv_lora_rank", None)
-    dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    qk_dim = int(config.qk_nope_head_dim + config.qk_rope_head_dim) if latent else dim
-    v_dim = int(config.v_head_dim) if latent else dim
-    kv_heads = heads if latent else int(getattr(config, "num_key_value_heads", None) or heads)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * int(config.num_hidden_layers)
-    counted = Counter(kind for kind in kinds if not any(word in kind for word in LINEAR_ATTENTION))
-    slides = {kind: int(window) if window and ("sliding" in kind or "chunked" in kind) else None for kind in counted}
-    return [Attention(number, heads, kv_heads, qk_dim, v_dim, slides[kind]) for kind, number in counted.items()]
+    """From the configuration: layers that attend, those that are alike together. Layers of linear attention and the like have none."""
+    count, window = int(config.num_hidden_layers), getattr(config, "sliding_window", None)
+    layers: Sequence[Any] = getattr(config, "per_layer_config", None) or [config] * count
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
+    found = Counter[Attention]()
+    for kind, layer in zip(kinds, layers, strict=False):
+        heads = int(getattr(layer, "num_attention_heads", None) or 0)
+        if not heads or any(word in kind for word in LINEAR_ATTENTION):
+            continue
+        dim = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+        kv_heads, qk_dim, v_dim = int(getattr(layer, "num_key_value_heads", None) or heads), dim, dim
+        if getattr(layer, "kv_lora_rank", None):  # latent attention; transformers caches what it is unfolded to
+            kv_heads, qk_dim, v_dim = heads, int(layer.qk_nope_head_dim + layer.qk_rope_head_dim), int(layer.v_head_dim)
+        sees = int(window) if window and ("sliding" in kind or "chunked" in kind) else None
+        found[Attention(1, heads, kv_heads, qk_dim, v_dim, sees)] += 1
+    return [replace(one, layers=number) for one, number in found.items()]
 
 
 def _rest(model: nn.Module, seen: Mapping[int, int], parameters: Mapping[int, int]) -> list[Rest]:
