@@ -408,6 +408,11 @@ def _show(plan: Plan, explain: bool, write: Path | None) -> None:
         if not rest.known:
             print(f"not adapted, no linear map: {rest.module} ({rest.example}), {rest.parameters:,} parameters")
     print(f"{plan.steps:,} steps of {_step(plan)}")
+    if explain:
+        rows = [
+            (m["name"], m["kind"], m["d_in"], m["d_out"], m["count"], m["active"], "yes" if m["adapted"] else "-") for m in _grouped(plan)
+        ]
+        print_table(("linear map", "kind", "in", "out", "how many", "active", "adapted"), rows, "")
     for section, figures in plan.sections.items():
         if figures and not explain:
             print_table((section, "", "range"), [(figure.name, figure.text, figure.range) for figure in figures], "")

@@ -333,6 +333,8 @@ def _warnings(wish: Wish, work: StepWork, rank: int, steps: int, sections: Mappi
         found.append("no pass rates: group size and bits cannot be planned; give --pass-rates, or --env with a base that can be loaded")
     if wish.rates is not None and (hardness := signal.hardness(wish.rates)):
         found.append(hardness)
+    if wish.rate is not None and wish.rate.note:
+        found.append(f"learning rate: {wish.rate.note}")
     planned = next((figure for figure in sections["learning"] if figure.name == "group size"), None)
     if planned is not None and planned.value is None:
         found.append(planned.note)
