@@ -101,7 +101,7 @@ def test_a_person_reads_it(veneer: Veneer, home: Path) -> None:
     assert "https://thinkingmachines.ai/blog/lora/" in long.out
     assert "(2 W + 3 r P1) / 3 W" in long.out
     assert "llama-factory" in long.out
-    assert [line.split()[1:] for line in long.out.splitlines() if line.startswith("model.layers.*.mlp.up_proj")] == [
+    assert [line.split()[1:] for line in long.out.splitlines() if line.startswith("mlp.up_proj")] == [
         ["mlp", "4096", "14336", "32", "1", "yes"]
     ]
 

@@ -409,10 +409,8 @@ def _show(plan: Plan, explain: bool, write: Path | None) -> None:
             print(f"not adapted, no linear map: {rest.module} ({rest.example}), {rest.parameters:,} parameters")
     print(f"{plan.steps:,} steps of {_step(plan)}")
     if explain:
-        rows = [
-            (m["name"], m["kind"], m["d_in"], m["d_out"], m["count"], m["active"], "yes" if m["adapted"] else "-") for m in _grouped(plan)
-        ]
-        print_table(("linear map", "kind", "in", "out", "how many", "active", "adapted"), rows, "")
+        columns = ("linear map of a layer", "kind", "in", "out", "how many", "active", "adapted")
+        print_table(columns, [_map_row(m) for m in _grouped(plan)], "")
     for section, figures in plan.sections.items():
         if figures and not explain:
             print_table((section, "", "range"), [(figure.name, figure.text, figure.range) for figure in figures], "")
@@ -429,6 +427,11 @@ def _show(plan: Plan, explain: bool, write: Path | None) -> None:
         print(f"WARNING  {warning}")
     if write is not None:
         print(f"written: {write}; train: veneer train {write}")
+
+
+def _map_row(m: Mapping[str, Any]) -> tuple[object, ...]:
+    name = m["name"].rpartition(".*.")[2]
+    return name, m["kind"], m["d_in"], m["d_out"], m["count"], m["active"], "yes" if m["adapted"] else "-"
 
 
 def _step(plan: Plan) -> str:
