@@ -28,7 +28,8 @@ def veneer(tmp_path_factory: pytest.TempPathFactory) -> Generator[Veneer, None, 
         yield veneer
 
 
-SESSIONS = ("README.md", *(f"docs/{name}.md" for name in ("registry", "operating", "proof", "studies", "supervised", "measures")))
+PAGES = ("registry", "operating", "proof", "studies", "supervised", "measures", "plan")
+SESSIONS = ("README.md", *(f"docs/{name}.md" for name in PAGES))
 
 
 @pytest.mark.parametrize("page", SESSIONS)

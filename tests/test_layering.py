@@ -12,7 +12,7 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "veneer"
 LAYERS = {
-    **{"types": 0, "digest": 0, "jsonl": 0, "turns": 0, "assets": 0},
+    **{"types": 0, "digest": 0, "jsonl": 0, "turns": 0, "shapes": 0, "assets": 0},
     **{"render": 1, "engine": 1, "store": 1},
     **{"envs": 2},
     **{"train": 3, "measure": 3, "studies": 3},
@@ -22,7 +22,7 @@ NEVER = {"train": {"engine"}, "measure": {"engine"}, "studies": {"engine"}, "ser
 ONLY_IN = {"torch": {"engine", "cluster"}, "transformers": {"engine", "cluster", "render"}, "peft": set()}
 STOCK = "veneer.engine.stock"
 """A program of its own: it may import PEFT when it runs, and nothing of ours ever."""
-LIGHT = {"types", "digest", "jsonl", "turns"}
+LIGHT = {"types", "digest", "jsonl", "turns", "shapes"}
 """Modules with the standard library, numpy and veneer's L0 alone."""
 ASSEMBLERS = {"assemble", "hosting", "loops", "sides"}
 """Modules of cli that bring everything together, and are imported by verbs inside functions."""

@@ -11,7 +11,7 @@ import click
 
 from veneer.cli.lazy import LazyGroup
 
-VERBS = ("quickstart", "train", "eval", "scorecard", "env", "study", "sample", "serve", "keys", "runs", "adapters")
+VERBS = ("quickstart", "train", "eval", "scorecard", "env", "plan", "study", "sample", "serve", "keys", "runs", "adapters")
 
 
 class Veneer(LazyGroup):

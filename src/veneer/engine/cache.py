@@ -39,6 +39,11 @@ def capacity_for(length: int) -> int:
     return power
 
 
+def places_of(first: int, last: int) -> int:
+    """Positions in all banks that a row goes through while it grows from one length to another: each keeps its slots for other rows."""
+    return sum({capacity_for(length) for length in range(min(first, last), last + 1)})
+
+
 class Bank:
     """Slots of one capacity."""
 
