@@ -35,7 +35,9 @@ def rate_from_full(full_rate: float, kind: TaskKind, steps: int | None, rank: in
     """The learning rate of an adapter with alpha 32, from a tuned one of full fine-tuning, for any architecture."""
     ratio, why = ratio_to_full(kind, steps, rank)
     value = full_rate * ratio
-    source = f"{TML}, section on learning rates; docs/studies/rank.md: 10 [5, 20] at ranks 4 and 32, 5 [2.5, 10] at rank 1 after 40 steps"
+    rewarded = "docs/studies/rank.md: 10 [5, 20] at ranks 4 and 32, 5 [2.5, 10] at rank 1 after 40 steps by reward"
+    supervised = "docs/studies/learning_rate.md: 3.1 [1.5, 6.7] after 60 supervised steps"
+    source = f"{TML}, section on learning rates; {rewarded}; {supervised}"
     note = "10 was found, not derived; widths below 512 are checked here on the bundled base alone. Try a third and three times as much"
     return Figure("learning rate", value, "", f"full rate {full_rate:g} x {why}", source, value / RATIO_RANGE, value * RATIO_RANGE, note)
 
