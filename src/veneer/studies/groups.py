@@ -201,7 +201,7 @@ def judge(name: str, played: NDArray[np.int64]) -> Found:
     sizes = {}
     for size in SIZES:
         measured = np.mean([_measured(half, size) for half in halves], axis=0)
-        predicted = np.mean([[[useful_share(tries.tolist(), size) for tries in seed] for seed in half] for half in halves], axis=0)
+        predicted = np.mean([_predicted(half, size) for half in halves], axis=0)
         by_mean = np.mean([[useful(float(seed.mean()), size) for seed in half] for half in halves], axis=0)
         by_beta = np.mean([[useful_of_beta(float(seed.mean()), spread_of(seed), size) for seed in half] for half in halves], axis=0)
         by_seed = measured.mean(axis=1)
@@ -217,11 +217,18 @@ def judge(name: str, played: NDArray[np.int64]) -> Found:
     tries = played.reshape(-1, 2 * HALF)
     mean, spread, every = float(tries.mean()), spread_of(tries), range(2, HALF + 1)
     wanted = {
-        "problem": size_for(WANTED, {size: float(np.mean([useful_share(problem, size) for problem in tries.tolist()])) for size in every}),
+        "problem": size_for(WANTED, {size: float(_predicted(tries, size).mean()) for size in every}),
         "mean": size_for(WANTED, {size: useful(mean, size) for size in every}),
         "beta": size_for(WANTED, {size: useful_of_beta(mean, spread, size) for size in every}),
     }
     return Found(name, [int(solved) for solved in tries.sum(axis=1)], spread, sizes, wanted)
+
+
+def _predicted(tries: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+    """What each problem's tries [..., tries] say of groups of this size."""
+    solved, among = tries.sum(axis=-1), tries.shape[-1]
+    by_count = {count: useful_share([1.0] * count + [0.0] * (among - count), size) for count in np.unique(solved).tolist()}
+    return np.vectorize(by_count.__getitem__, otypes=[np.float64])(solved)
 
 
 def _measured(half: NDArray[np.int64], size: int) -> NDArray[np.float64]:

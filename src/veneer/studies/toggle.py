@@ -6,8 +6,8 @@ base has computed already (https://arxiv.org/abs/2504.12397); an adapter that ac
 
 The engine is asked before any adapter is there. Then adapters are trained, one a seed, by reinforcement learning of a few steps, and
 loaded beside each other. Clocks run on requests for one token behind prompts that nobody has read: the second of three follows a request
-with another behaviour, the third one with its own, and the switch costs the difference. Both kinds take turns; the figures of a seed are
-medians. Merging an adapter into the base is another matter (docs/proof.md).
+with another behaviour, the third one with its own, and the switch costs the difference. Both kinds take turns, so that a busy machine
+slows both; a seed's figures are medians over neighbours. Merging an adapter into the base is another matter (docs/proof.md).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ QUESTION = "What does it cost to switch a behaviour on and off?"
 CLAIMS = (22,)
 SHARED: Mapping[str, Any] = {
     "env": {"name": "arithmetic"},
-    "rl": {"steps": 20, "groups_per_batch": 8, "group_size": 8},
-    "eval": {"problems": 64, "every": 20},
+    "rl": {"steps": 10, "groups_per_batch": 8, "group_size": 8},
+    "eval": {"problems": 64, "every": 10},
 }
 LOW_RANK = Arm("adapter", {"weights": "lora"}, ())
 """What the study is about: it stays."""
 PROMPTS, ANSWERS, LENGTH = 16, 4, 32
 """Held-out problems that the base is asked before and after, answers of each, and their longest."""
-REPEATS = 60
+REPEATS = 100
 """Of each timed request, a seed."""
 SHORT, CONTEXT, TAIL = 32, 256, 16
 """Tokens of a prompt whose behaviour is switched as a whole, of one within which it is switched, and of the part behind the switch."""
@@ -186,15 +186,16 @@ class Costs:
 
     @property
     def switch(self) -> float:
-        return statistics.median(self.switched) - statistics.median(self.same)
+        """Milliseconds that it costs, the median over neighbours."""
+        return statistics.median(b - a for a, b in zip(self.same, self.switched, strict=True))
 
     @property
     def switch_ratio(self) -> float:
-        return statistics.median(self.switched) / statistics.median(self.same)
+        return statistics.median(b / a for a, b in zip(self.same, self.switched, strict=True))
 
     @property
     def within_ratio(self) -> float:
-        return statistics.median(self.within) / statistics.median(self.anew)
+        return statistics.median(b / a for a, b in zip(self.anew, self.within, strict=True))
 
 
 def clock(lab: Lab, place: Place, seed: int, names: Sequence[str]) -> Costs:
