@@ -81,6 +81,7 @@ def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Pa
         (["run", "rank", "--set", "lora.rank=8"], "the study itself decides lora.rank"),
         (["run", "rank", "--set", "weights=full"], "the study itself decides weights"),
         (["run", "learning_rate", "--set", "lora.alpha=8"], "the study itself decides lora.alpha"),
+        (["run", "learning_rate", "--set", "rl.steps=3"], "runs of this study are of kind sft"),
         (["run", "rank", "--set", "kind=sft"], "the study itself decides kind"),
         (["run", "bandit", "--set", "rl.steps=3"], "there is nothing to set"),
         (["run", "groups", "--set", "rl.steps=3"], "this study only plays the base"),

@@ -18,6 +18,8 @@ from veneer.studies.lab import Lab, Outcome
 from veneer.train.config import RunConfig, make_config, override_in
 from veneer.types import ConfigError
 
+OTHERS = {"rl": "sft.", "sft": "rl."}
+"""By kind of run: keys that the other kind reads."""
 CHOICE, AGAIN = 1000, 2000
 """The first seed of those on which learning rates are chosen, and of those of the noise floor; compared are 0, 1, 2 and so on."""
 
@@ -137,9 +139,12 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
     """
     tree = copy.deepcopy(dict(shared))
     decided = {"kind", "seed", "name", "folder", "device", "weights", *(key for arm in arms for key in _keys(arm.settings))}
-    decided |= {f"{tree.get('kind', 'rl')}.learning_rate"} if arms else set()
+    kind = tree.get("kind", "rl")
+    decided |= {f"{kind}.learning_rate"} if arms else set()
     for override in terms.overrides:
         key = override.partition("=")[0].strip()
+        if key.startswith(OTHERS[kind]):
+            raise ConfigError(f"--set {override}: runs of this study are of kind {kind}, and read none of {OTHERS[kind]}")
         if key in decided:
             raise ConfigError(f"--set {override}: the study itself decides {key}; leave it out")
         override_in(tree, override)
@@ -149,8 +154,7 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
 
 def terms_for(terms: Terms, kind: str) -> Terms:
     """For a study that trains in two ways: without overrides of the other's table, such as sft.steps where ``kind`` is rl."""
-    other = {"rl": "sft.", "sft": "rl."}[kind]
-    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(other)))
+    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(OTHERS[kind])))
 
 
 def _keys(tree: Mapping[str, Any]) -> set[str]:
