@@ -74,7 +74,7 @@ SECTIONS: Sequence[Section] = (
             Sentence("An adapter must reach all layers: on attention alone it falls behind.", {"layers": ""}),
             Sentence(
                 "The best learning rate is about ten times that of full fine-tuning, whatever the rank.",
-                {"learning_rate": "", "rank": "^best learning rate"},
+                {"learning_rate": "", "early": "", "horizon": "", "rank": "^best learning rate"},
             ),
             Sentence("It bears large batches less well.", {"batch": ""}),
         ),

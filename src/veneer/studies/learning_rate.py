@@ -55,15 +55,19 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
 
 
 def best_rates(sweep: Sweep) -> list[float]:
+    """The best learning rate of each seed."""
+    return vertices(list(sweep.tried), [[outcome.score for outcome in outcomes] for outcomes in sweep.tried.values()])
+
+
+def vertices(rates: Sequence[float], scores: Sequence[Sequence[float]]) -> list[float]:
     """The best learning rate of each seed, between the points of the grid: where the parabola through the best point and its two
-    neighbours, in the rate's logarithm, is highest. At the grid's edge it is the edge."""
-    rates = list(sweep.tried)
+    neighbours, in the rate's logarithm, is highest. At the grid's edge it is the edge. ``scores``: [rates][seeds]."""
     found = []
-    for scores in zip(*([outcome.score for outcome in outcomes] for outcomes in sweep.tried.values()), strict=True):
-        best = int(np.argmax(scores))
+    for by_rate in zip(*scores, strict=True):
+        best = int(np.argmax(by_rate))
         shift = 0.0
         if 0 < best < len(rates) - 1:
-            below, top, above = scores[best - 1 : best + 2]
+            below, top, above = by_rate[best - 1 : best + 2]
             bend = below - 2 * top + above
             shift = 0.5 * (below - above) / bend if bend else 0.0
         found.append(rates[best] * (rates[1] / rates[0]) ** shift)
