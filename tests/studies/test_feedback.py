@@ -16,11 +16,14 @@ from veneer.measure.bits import corrected_bits
 from veneer.measure.noise_scale import noise_parts
 from veneer.studies import feedback
 from veneer.studies.contest import Terms
-from veneer.studies.courses import LEARNER, Course, Courses, School, lesson
+from veneer.studies.courses import Course, Courses, School, lesson, school
 from veneer.studies.credit import Case, Feedback, Judged, bits_of, centred_by_place, judge, lines_of
 from veneer.studies.feedback import KINDS, SHARED, bits_to, conduct, episodes_to
+from veneer.train.advantages import compute_advantages
 from veneer.train.config import RunConfig, make_config
-from veneer.types import ConfigError
+from veneer.train.datums import groups_to_data
+from veneer.train.normalise import normalise
+from veneer.types import ConfigError, TrajectoryGroup
 
 TINY: dict[str, Any] = {**SHARED, "rl": {"steps": 2, "groups_per_batch": 2, "group_size": 4}, "eval": {"problems": 4, "every": 1}}
 BREAK, END = 9, 99
@@ -93,26 +96,17 @@ def config(kind: str, **more: Any) -> RunConfig:
     return make_config({**TINY, "name": kind, **more})
 
 
+async def played(folder: Path, settings: RunConfig, groups: int) -> tuple[School, list[TrajectoryGroup]]:
+    async with school(lab(folder).place(settings), settings) as lessons:
+        return lessons, await lessons.play(1, groups)
+
+
 def test_the_end_alone_is_the_gradient_of_a_run(tmp_path: Path) -> None:
     """A lesson by the end alone is what reinforcement learning's own datums are: tokens, advantages and weights."""
-    from veneer.train.advantages import compute_advantages
-    from veneer.train.datums import groups_to_data
-    from veneer.train.normalise import normalise
-
-    here = lab(tmp_path)
-    settings = config("end")
-    place = here.place(settings)
-    school = School(place, settings)
-
-    async def play() -> list[Any]:
-        place.engine.create_adapter(LEARNER, settings.lora_config())
-        await place.engine.publish(LEARNER)
-        return list(await school.play(1, 16))
-
-    groups = asyncio.run(play())
+    lessons, groups = asyncio.run(played(tmp_path, config("end"), 16))
     advantages = compute_advantages(groups, "group_mean", {})
     theirs = normalise(groups_to_data(groups, advantages), "episodes", episodes=64, max_tokens=72)
-    mine = [datum for group in groups for datum in lesson(group, school.judged(group, "end"), len(groups))]
+    mine = [datum for group in groups for datum in lesson(group, lessons.judged(group, "end"), len(groups))]
     assert len(mine) == len(theirs) > 0
     for own, (other,) in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(own.tokens, other.tokens)
@@ -121,24 +115,16 @@ def test_the_end_alone_is_the_gradient_of_a_run(tmp_path: Path) -> None:
 
 def test_the_base_agrees_with_its_own_manner(tmp_path: Path) -> None:
     """The worked solution is what the base says of itself where it thinks: lines of it come out right, and more tokens than lines do."""
-    here = lab(tmp_path)
-    settings = config("tokens", env={"name": "arithmetic"})
-    place = here.place(settings)
-    school = School(place, settings)
-
-    async def play() -> list[Any]:
-        place.engine.create_adapter(LEARNER, settings.lora_config())
-        await place.engine.publish(LEARNER)
-        return list(await school.play(1, 32))
-
-    groups = asyncio.run(play())
-    shares = {kind: np.mean([np.mean(j.rewards_T) for group in groups for j in school.judged(group, kind)]) for kind in KINDS}
+    lessons, groups = asyncio.run(played(tmp_path, config("tokens", env={"name": "arithmetic"}), 32))
+    shares = {kind: np.mean([np.mean(j.rewards_T) for group in groups for j in lessons.judged(group, kind)]) for kind in KINDS}
     assert 0.05 < shares["end"] < shares["steps"] < shares["tokens"] < 1
 
 
 @pytest.mark.parametrize("kind", ["end", "steps", "tokens", "demonstrations"])
 def test_a_course_is_made_once_and_the_same_again(tmp_path: Path, kind: str) -> None:
-    (first,) = asyncio.run(Courses(lab(tmp_path / "a")).run([config(kind)]))
+    """Also beside others."""
+    others = [config(other) for other in ("end", "steps", "tokens", "demonstrations") if other != kind]
+    first, *_ = asyncio.run(Courses(lab(tmp_path / "a")).run([config(kind), *others, config(kind, seed=1)]))
     (again,) = asyncio.run(Courses(lab(tmp_path / "a", never)).run([config(kind)]))
     (other,) = asyncio.run(Courses(lab(tmp_path / "b")).run([config(kind)]))
     assert first == again

@@ -6,9 +6,11 @@ worked solutions are shown instead, it is as many of them as there are episodes,
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -30,8 +32,6 @@ from veneer.types import AdamParams, ConfigError, Datum, DivergedError, Sampling
 SHOWN = "demonstrations"
 KINDS = (*get_args(Feedback), SHOWN)
 """Of a course, by the name of its configuration."""
-LEARNER = "(learner)"
-"""The adapter that learns; no run can have this name."""
 
 
 @dataclass(frozen=True)
@@ -73,34 +73,50 @@ class Courses:
     lab: Lab
 
     async def run(self, configs: Sequence[RunConfig]) -> list[Course]:
-        """Raises:
-        ConfigError: an environment whose problems have no worked solutions.
-        Interrupted, VeneerError: as ``Lab.measured``.
+        """Side by side, as runs are made.
+
+        Raises:
+            ConfigError: an environment whose problems have no worked solutions.
+            Interrupted, VeneerError: as ``Lab.measured``.
         """
-        found = list[Course]()
-        for config in configs:
-            told = await self.lab.measured(f"course {config.name}", config, self._make)
-            found.append(Course(config, [(step, value) for step, value in told["accuracy"]], told["bits"], told["diverged"]))
-        return found
+        found, free = dict[int, Course](), asyncio.Semaphore(self.lab.side_by_side)
+
+        async def one(place: int, config: RunConfig) -> None:
+            async with free:
+                told = await self.lab.measured(f"course {config.name}", config, self._make)
+                found[place] = Course(config, [(step, value) for step, value in told["accuracy"]], told["bits"], told["diverged"])
+
+        await self.lab.together([one(place, config) for place, config in enumerate(configs)])
+        return [found[place] for place in range(len(configs))]
 
     async def _make(self, config: RunConfig) -> dict[str, Any]:
-        place = self.lab.place(config)
-        school = School(place, config)
-        place.engine.create_adapter(LEARNER, config.lora_config())
-        try:
-            await place.engine.publish(LEARNER)
-            accuracy, bits = [(0, await school.examine())], list[float]()
+        async with school(self.lab.place(config), config) as lessons:
+            accuracy, bits = [(0, await lessons.examine())], list[float]()
             for step in range(1, config.rl.steps + 1):
                 self.lab.go_on()
                 try:
-                    bits.append(await school.step(step))
+                    bits.append(await lessons.step(step))
                 except DivergedError as error:
                     return {"accuracy": accuracy, "bits": bits, "diverged": str(error)}
                 if step % config.eval.every == 0 or step == config.rl.steps:
-                    accuracy.append((step, await school.examine()))
+                    accuracy.append((step, await lessons.examine()))
             return {"accuracy": accuracy, "bits": bits, "diverged": None}
-        finally:
-            place.engine.remove_adapter(LEARNER)
+
+
+@asynccontextmanager
+async def school(place: Place, config: RunConfig) -> AsyncGenerator[School, None]:
+    """With an adapter of the configuration's own, that has learned nothing.
+
+    Raises:
+        ConfigError: an environment whose problems have no worked solutions.
+    """
+    found = School(place, config)
+    place.engine.create_adapter(found.learner, config.lora_config())
+    try:
+        await place.engine.publish(found.learner)
+        yield found
+    finally:
+        place.engine.remove_adapter(found.learner)
 
 
 class School:
@@ -111,10 +127,11 @@ class School:
         if not isinstance(dataset, ProblemDataset) or dataset.name != "arithmetic":
             raise ConfigError(f"env.name = {config.env.name!r}: only problems of arithmetic have worked solutions; leave it as it is")
         self.engine, self.renderer, self.config, self.dataset = place.engine, place.renderer, config, dataset
+        self.learner = f"({config.name}, rate {config.rl.learning_rate:g}, seed {config.seed})"  # no run can have this name
         self.first = derive_seed("problems", config.seed) >> 24  # as of any run of this seed
         self.breaks = {int(token) for token in range(self.renderer.vocab_size) if b"\n" in self.renderer.vocabulary.bytes_of(token)}
         params = SamplingParams(max_tokens=config.rl.max_tokens)
-        self.policy = Policy(self.engine, self.renderer, LEARNER, params, config.env.seconds)
+        self.policy = Policy(self.engine, self.renderer, self.learner, params, config.env.seconds)
 
     async def examine(self) -> float:
         return (await evaluate(self.policy, self.dataset, self.config.eval.problems, self.config.seed)).reward.value
@@ -137,7 +154,7 @@ class School:
             episodes = rl.groups_per_batch * rl.group_size
             start = self.first + (step - 1) * episodes
             data = [weighed(self.shown(index), 1 / episodes) for index in range(start, start + episodes)]
-            passed = self.engine.forward_backward(LEARNER, data, "cross_entropy")
+            passed = self.engine.forward_backward(self.learner, data, "cross_entropy")
             bits = (await passed).metrics["loss:sum"] * episodes / math.log(2)
         else:
             groups = await self.play(step, rl.groups_per_batch)
@@ -146,9 +163,9 @@ class School:
             data = [datum for group, told in zip(groups, judged, strict=True) for datum in lesson(group, told, len(groups))]
             if not data:
                 return 0.0  # nobody was told anything
-            self.engine.forward_backward(LEARNER, data, "importance_sampling")
-        await self.engine.optim_step(LEARNER, AdamParams(rl.learning_rate, beta1=0.9, beta2=0.95))
-        await self.engine.publish(LEARNER)
+            self.engine.forward_backward(self.learner, data, "importance_sampling")
+        await self.engine.optim_step(self.learner, AdamParams(rl.learning_rate, beta1=0.9, beta2=0.95))
+        await self.engine.publish(self.learner)
         return bits
 
     async def noise(self, groups: Sequence[TrajectoryGroup], feedback: Feedback) -> dict[str, float]:
@@ -157,8 +174,8 @@ class School:
         async def squared(data: Sequence[Datum]) -> float:
             if not data:
                 return 0.0
-            self.engine.forward_backward(LEARNER, data, "importance_sampling")
-            return float(np.square(await self.engine.zero_grad(LEARNER)))
+            self.engine.forward_backward(self.learner, data, "importance_sampling")
+            return float(np.square(await self.engine.zero_grad(self.learner)))
 
         lessons = [lesson(group, self.judged(group, feedback), len(groups)) for group in groups]
         each = [await squared(data) for data in lessons]

@@ -21,7 +21,7 @@ from veneer.measure.noise_scale import NoiseScale, noise_scale
 from veneer.measure.verdict import t_interval
 from veneer.studies.contest import Arm, Contest, Terms, hold_contest, overridden
 from veneer.studies.contest_page import COLOURS, contest_result
-from veneer.studies.courses import LEARNER, SHOWN, Course, Courses, School
+from veneer.studies.courses import SHOWN, Course, Courses, school
 from veneer.studies.credit import Feedback
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -73,15 +73,9 @@ async def _measure_noise(lab: Lab, configs: Sequence[RunConfig]) -> Mapping[Feed
     """Of every batch of every seed, for each kind of feedback on the same episodes."""
 
     async def measure(config: RunConfig) -> dict[str, list[dict[str, float]]]:
-        place = lab.place(config)
-        school = School(place, config)
-        place.engine.create_adapter(LEARNER, config.lora_config())
-        try:
-            await place.engine.publish(LEARNER)
-            batches = [await school.play(batch, WIDE) for batch in range(1, BATCHES + 1)]
-            return {kind: [await school.noise(groups, kind) for groups in batches] for kind in KINDS}
-        finally:
-            place.engine.remove_adapter(LEARNER)
+        async with school(lab.place(config), config) as lessons:
+            batches = [await lessons.play(batch, WIDE) for batch in range(1, BATCHES + 1)]
+            return {kind: [await lessons.noise(groups, kind) for groups in batches] for kind in KINDS}
 
     found = [await lab.measured(f"noise of feedback, {BATCHES} batches of {WIDE}", config, measure) for config in configs]
     return {kind: [batch for one in found for batch in one[kind]] for kind in KINDS}
