@@ -12,8 +12,7 @@ from test_lab import lab, never
 from veneer.studies import early, horizon
 from veneer.studies.contest import Terms
 from veneer.studies.early import RANKS, curves_result
-from veneer.studies.horizon import horizon_result
-from veneer.studies.learning_rate import vertices
+from veneer.studies.horizon import best_rates, horizon_result
 from veneer.types import ConfigError
 
 STEPS = np.linspace(1.0, 0.8, 11)
@@ -55,8 +54,7 @@ def losses(best: float, seeds: int = 3) -> dict[float, list[float]]:
 
 
 def test_a_vertex_lies_between_the_points() -> None:
-    by_rate = losses(1.3e-3)
-    assert vertices(list(by_rate), [[-x for x in v] for v in by_rate.values()]) == pytest.approx([1.3e-3] * 3)
+    assert best_rates(losses(1.3e-3)) == pytest.approx([1.3e-3] * 3)
 
 
 def test_a_ratio_that_falls_and_one_that_stays() -> None:

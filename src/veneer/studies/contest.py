@@ -222,6 +222,18 @@ def _best(means: Mapping[float, float]) -> float:
     return max(means, key=lambda rate: (means[rate], -rate))
 
 
+def peak(rates: Sequence[float], scores: Sequence[float]) -> float:
+    """Between the points of a grid of rates a constant factor apart: where the parabola through the best point and its two neighbours, in
+    the rate's logarithm, is highest. At the grid's edge it is the edge."""
+    best = max(range(len(scores)), key=lambda i: scores[i])
+    if best in (0, len(rates) - 1):
+        return rates[best]
+    below, top, above = scores[best - 1 : best + 2]
+    bend = below - 2 * top + above
+    shift = 0.5 * (below - above) / bend if bend else 0.0
+    return rates[best] * (rates[1] / rates[0]) ** shift
+
+
 def _beyond(rates: Sequence[float], best: float) -> list[float]:
     """Two more rates on the side on which the best is the last."""
     factor = rates[1] / rates[0]

@@ -15,11 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from veneer.measure.verdict import compare_seeds, t_interval
-from veneer.studies.contest import Arm, Sweep, Terms, overridden, sweep_all, thinned
+from veneer.studies.contest import Arm, Sweep, Terms, overridden, peak, sweep_all, thinned
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab, Outcome
-from veneer.studies.learning_rate import vertices
 from veneer.studies.result import Finding, Result
 
 QUESTION = "Is the best learning rate of an adapter further above that of full fine-tuning in short runs than in long ones?"
@@ -73,7 +72,7 @@ def _by_length(sweep: Sweep, lengths: Sequence[int]) -> Losses:
 
 def best_rates(losses: Mapping[float, Sequence[float]]) -> list[float]:
     """Of each seed."""
-    return vertices(list(losses), [[-loss for loss in by_seed] for by_seed in losses.values()])
+    return [peak(list(losses), [-loss for loss in by_rate]) for by_rate in zip(*losses.values(), strict=True)]
 
 
 def horizon_result(arms: Mapping[str, Losses]) -> Result:
