@@ -16,7 +16,20 @@ from veneer.studies.lab import Lab
 from veneer.studies.result import Result
 from veneer.types import ConfigError
 
-STUDIES = ("rank", "learning_rate", "layers", "batch", "bandit", "groups", "visibility", "crossover", "entropy", "forgetting", "toggle")
+STUDIES = (
+    "rank",
+    "learning_rate",
+    "layers",
+    "batch",
+    "bandit",
+    "groups",
+    "visibility",
+    "crossover",
+    "entropy",
+    "forgetting",
+    "cost",
+    "toggle",
+)
 """Each a module of this package: its docstring says what is asked, QUESTION says it in one sentence, CLAIMS which of the 22 claims it
 tests, ``conduct`` does it, ``arms`` are what it compares, if it compares runs."""
 DOCUMENT, PAGE, PICTURE = "study.json", "study.md", "study.svg"
