@@ -57,7 +57,7 @@ studies: install
 	$(BIN)/python recipes/studies.py $(ARGS)
 
 bench: install
-	for name in rl_step sample train concurrency toggle long http_step load async_rl; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done
+	for name in rl_step sample train concurrency toggle long measures http_step load async_rl; do $(BIN)/python benchmarks/$$name.py --write || exit 1; done
 
 seeds: install
 	$(BIN)/python recipes/quickstart_seeds.py

@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
-ORDER = ("rl_step", "sample", "train", "concurrency", "toggle", "long", "http_step", "load", "async_rl")
+ORDER = ("rl_step", "sample", "train", "concurrency", "toggle", "long", "measures", "http_step", "load", "async_rl")
 HEAD = """# Benchmarks
 
 Each section is written by the command that it names. Figures are medians of rounds in which the sides took turns, with the

@@ -5,8 +5,7 @@
 64 rows of a 30-token prompt (8 prompts x 8 completions) and 32 completion tokens, a rank-8 adapter on all linear maps, the
 importance-sampling loss, no optimizer step. The peer runs the same rows as one batch, makes logits only for completions, and
 lets autograd do the rest. ``ragged`` has completions of 4 to 60 tokens, which the peer pads. ``full`` trains all weights, with
-Veneer's FullEngine and with plain autograd. FLOPs are counted by torch.utils.flop_counter, attention's on a CPU and the
-in-place products too, which it does not know by itself.
+Veneer's FullEngine and with plain autograd. FLOPs are counted by torch.utils.flop_counter (src/veneer/engine/counting.py).
 """
 
 from __future__ import annotations
@@ -24,53 +23,12 @@ LABELS = {"equal": "LoRA, equal lengths", "ragged": "LoRA, ragged", "full": "all
 # ---------------------------------------------------------------- counting
 
 
-def attention_flop(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
-    """Of softmax(q k^T) v; shapes [batch, heads, tokens, dim]."""
-    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
-
-
-class NoModules:
-    """In place of the counter's tracker of modules, which fails on a module that is called inside an autograd function."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
 def count_flops(work: Callable[[], object]) -> Json:
-    """FLOPs of the work by kind. Runs on this thread alone, as the counter does not see others."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    """GFLOP of the work, all of it and its products with weights. Runs on this thread alone, as the counter does not see others."""
+    from veneer.engine import counting
 
-    def forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
-        return attention_flop(q, k, v)
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
-        return attention_flop(q, k, v) * 5 // 2  # q k^T again, and two products for each of the two before
-
-    def product(_: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **more: Any) -> int:
-        return 2 * a[0] * a[1] * b[1]
-
-    aten = torch.ops.aten
-    more = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        aten.addmm_: product,
-    }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        counter = FlopCounterMode(display=False, custom_mapping=more)
-        counter.mod_tracker = NoModules()  # type: ignore[assignment]
-        with counter:
-            work()
-    finally:
-        torch.set_num_threads(threads)
-    by_kind = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
-    linear = sum(flops for name, flops in by_kind.items() if name in ("aten.mm", "aten.addmm", "aten.addmm_"))
-    return {"gflop": counter.get_total_flops() / 1e9, "linear_gflop": linear / 1e9}
+    flops = counting.count_flops(work)
+    return {"gflop": flops.total / 1e9, "linear_gflop": flops.linear / 1e9}
 
 
 # ---------------------------------------------------------------- in a worker

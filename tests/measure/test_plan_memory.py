@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 import transformers as hf
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.engine import Base, FullEngine, LoraEngine, load_base
 from veneer.engine.cache import AHEAD, Bank, capacity_for, places_of
+from veneer.engine.counting import Alive
 from veneer.engine.engine import LocalEngine
 from veneer.engine.logprobs import LOGITS_AT_ONCE
 from veneer.engine.shapes import count_shape
@@ -25,29 +22,6 @@ from veneer.types import AdamParams, Datum, LoraConfig, SamplingParams
 CLOSE = 0.1
 WIDE = {"vocab_size": 97, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 MANY_TOKENS = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that are made while it looks: now, and at most. What numpy takes is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
-                storage = tensor.untyped_storage()
-                self._sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata)
-        return found
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
 
 
 def bases(name: str) -> tuple[Base, ModelShape]:

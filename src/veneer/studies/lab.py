@@ -19,6 +19,7 @@ from veneer.render import Renderer
 from veneer.store.adapters import write_adapter
 from veneer.store.files import storage_errors, write_text
 from veneer.store.run import Run
+from veneer.studies.bench import Bench
 from veneer.train import rl, sft
 from veneer.train.config import RunConfig
 from veneer.train.rollouts import closing
@@ -83,6 +84,8 @@ class Lab:
     """Of every run that ends: how many of those asked for are there."""
     stop: threading.Event = field(default_factory=threading.Event)
     """When set, runs save their state and stop."""
+    bench: Bench | None = None
+    """What engines are counted and timed with; None: this lab only makes runs."""
     _places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
     async def run(self, configs: Sequence[RunConfig]) -> list[Outcome]:

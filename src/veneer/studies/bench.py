@@ -1,0 +1,74 @@
+"""What a study counts, weighs and times engines with. Whoever starts a study hands it in; the engine package has it
+(``engine/counting.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+from veneer.shapes import ModelShape
+from veneer.types import Engine
+
+Source = str | Mapping[str, Any]
+"""A base by name or folder; or the content of a config.json, whose weights are then random."""
+Work = Callable[[], object]
+
+
+class Flops(Protocol):
+    @property
+    def linear(self) -> float:
+        """Of products with weights."""
+        ...
+
+    @property
+    def total(self) -> float:
+        """And of attention."""
+        ...
+
+
+class Opened(Protocol):
+    """A base in memory."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def written_out(self) -> bool:
+        """Adapters run in layers that the engine writes out, and not through transformers' modules."""
+        ...
+
+    @property
+    def base_bytes(self) -> int: ...
+
+    @property
+    def unseen_rank(self) -> int:
+        """Up to this rank adapters are added while sampling by what no counter sees."""
+        ...
+
+
+class Bench(Protocol):
+    def open(self, source: Source, weights: Literal["lora", "full"], *, as_modules: bool = False) -> Opened:
+        """``as_modules``: random weights in the base's configuration with another activation, so that it runs through transformers'
+        modules.
+
+        Raises:
+            BaseError: there is none, or it cannot be run.
+        """
+        ...
+
+    def shape_of(self, source: Source) -> ModelShape:
+        """Also of a model that is only known by name."""
+        ...
+
+    def count_flops(self, work: Work) -> Flops: ...
+
+    def peak_bytes(self, work: Work) -> int:
+        """Of the tensors that the work makes, when they were most."""
+        ...
+
+    def seconds(self, work: Work) -> float:
+        """Until it is done."""
+        ...
