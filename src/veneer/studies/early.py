@@ -102,7 +102,8 @@ def _scatter(drops: Mapping[int, np.ndarray], typical: float) -> Finding:
     told = ", ".join(f"{spread:.3f} at rank {rank}" for rank, spread in spreads.items())
     if not all(spreads.values()):
         return Finding(asked, "undecided", told)
-    power = float(np.polyfit(np.log2(list(spreads)), np.log2(list(spreads.values())), 1)[0])
+    apart = [1 / (1 / rank + 1 / WIDEST) for rank in spreads]  # the widest scatters too
+    power = float(np.polyfit(np.log2(apart), np.log2(list(spreads.values())), 1)[0])
     return Finding(asked, f"{power:+.2f}", f"-0.5 if its terms are independent; standard deviations as shares of the mean: {told}")
 
 
