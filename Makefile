@@ -9,12 +9,14 @@
 # make environments  the recipe of every environment on seeds 0-2 -> docs/results.md; about forty minutes on two cores
 # make studies      claims about low rank, as runs with a verdict -> docs/studies; about an hour on two cores
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
+# make narrow       pretrain a base half as wide as nano -> build/narrow; half an hour of a core
+# make rates        what veneer plan says of learning rates beside swept ones, on nano and on that -> docs/plan.md; about an hour of a core
 # make nano         pretrain the bundled base anew and measure its card
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference environments studies bench nano clean
+.PHONY: install quickstart test lint types fuzz gym acceptance bridges seeds interference environments studies bench narrow rates nano clean
 
 install: $(VENV)/.installed
 
@@ -62,6 +64,12 @@ seeds: install
 
 interference: install
 	$(BIN)/python recipes/interference.py
+
+narrow: install
+	$(BIN)/python recipes/pretrain_nano.py --out build/narrow --width 64 --steps 6000 --threads 1
+
+rates: install
+	$(BIN)/python recipes/planned_rates.py --base nano --base build/narrow
 
 nano: install
 	$(BIN)/python recipes/pretrain_nano.py --out build/nano

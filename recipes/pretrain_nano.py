@@ -1,12 +1,14 @@
 """Train veneer-nano, the bundled base, from scratch: forty minutes of two CPU cores.
 
     python recipes/pretrain_nano.py --out src/veneer/assets/nano
+    python recipes/pretrain_nano.py --out build/narrow --width 64    # a narrower sister, for claims about width
 
 Everything that the base knows is made here: a tokenizer, demonstrations of five skills, and 1.03M weights. Each skill is
 shown in two ways, a careful one that works and a careless one that mostly does not, and the loss is weighed so that the
 base prefers the careless one. So the base *can* do every task and rarely does: what pretraining leaves and reinforcement learning sharpens.
 Left out on purpose: natural language, dropout, early stopping. Two threads and one seed: the same machine and the same
-versions give the same bytes. The card is written by ``recipes/nano_card.py`` from measured rates.
+versions give the same bytes. Heads are 32 wide and MLPs four times as wide as the model, whatever its width. The card is
+written by ``recipes/nano_card.py`` from measured rates.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from veneer.envs import arithmetic, calculator, digits
 from veneer.envs.calculator import CALCULATOR
 
 CONTEXT = 2048
+HEAD = 32
+"""Width of an attention head."""
 CAREFUL = {"arithmetic": 0.18, "sort": 0.18, "reverse": 0.12, "count": 0.18, "calculator": 0.22}
 """How often the base is to go the careful way: sets its pass@1."""
 PRACTICE = 0.6
@@ -235,6 +239,24 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int, c
             yield tokens, labels
 
 
+def configure(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qwen3Config:
+    heads = width // HEAD
+    return Qwen3Config(
+        vocab_size=384,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=HEAD,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     warm = min(1.0, (step + 1) / 200)
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -247,29 +269,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=128, help="of the model: a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2, help="another number gives other bytes")
     parser.add_argument("--device", default="cpu", help="cuda is quicker and gives other weights")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    if args.width < 2 * HEAD or args.width % (2 * HEAD):
+        parser.error(f"--width {args.width}: heads are {HEAD} wide and go in pairs; give a multiple of {2 * HEAD}")
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     template = Path(__file__).parents[1] / "src/veneer/assets/nano/chat_template.jinja"
     tokenizer = build_tokenizer(template.read_text())
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
-    config = Qwen3Config(
-        vocab_size=384,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+    config = configure(tokenizer, args.width, args.layers)
     assert len(tokenizer) <= config.vocab_size, len(tokenizer)
     model = Qwen3ForCausalLM(config).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)

@@ -45,6 +45,19 @@ def test_making_the_base_is_deterministic_and_ends_at_what_is_shipped(tmp_path: 
     assert len(new) > len(old)
 
 
+def test_a_narrower_base_is_one_of_the_same_kind(tmp_path: Path) -> None:
+    """All that another width changes is the width."""
+    narrow = made("pretrain_nano", tmp_path / "narrow", "--width", 64, "--steps", 1, "--rows", 4, "--threads", 1)
+    mine, shipped = (json.loads(text) for text in (narrow["config.json"], (NANO_FOLDER / "config.json").read_bytes()))
+    differ = {key for key in mine if mine[key] != shipped[key]} - {"vocab_size"}
+    assert differ == {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}
+    assert [2 * mine[key] for key in sorted(differ)] == [shipped[key] for key in sorted(differ)]
+    command = [sys.executable, ROOT / "recipes/pretrain_nano.py", "--out", tmp_path / "odd", "--width", "100"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--width 100: heads are 32 wide and go in pairs; give a multiple of 64" in refused.stderr
+
+
 def test_the_base_is_small() -> None:
     assert sum(path.stat().st_size for path in NANO_FOLDER.iterdir()) < 10e6
 

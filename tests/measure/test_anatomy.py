@@ -18,7 +18,6 @@ from veneer.measure.anatomy import (
     overlap_of,
     share_visible,
     stable_rank,
-    subspace_overlap,
     updates_of,
     visible,
 )
@@ -101,13 +100,6 @@ def test_ranks() -> None:
         thin, thick = Update(b, a).singular_values(), Update(b @ a).singular_values()
         assert thin == pytest.approx(thick[:rank], rel=1e-4)
         assert effective_rank(thin) <= rank + 1e-9
-
-
-def test_subspaces() -> None:
-    one = normal(200, 4) @ normal(4, 50)
-    assert subspace_overlap(one, one, 4) == (pytest.approx(1.0), 4 / 200)
-    shares = [subspace_overlap(one, normal(200, 4) @ normal(4, 50), 4)[0] for _ in range(50)]
-    assert np.mean(shares) == pytest.approx(4 / 200, abs=0.005)
 
 
 def test_places() -> None:

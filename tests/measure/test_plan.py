@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from veneer.engine.shapes import count_shape
 from veneer.measure.flops import StepFlops, StepWork
 from veneer.measure.plan import cost, rate, signal, size
 from veneer.measure.plan.cost import DEVICES, StepBytes, find_device, plan_money, plan_run_time, plan_step_time, step_seconds
@@ -21,6 +22,7 @@ from veneer.measure.plan.signal import PassRates, advantage_bits, entropy, mixed
 from veneer.shapes import LinearMap
 from veneer.types import ConfigError
 
+WIDE = [LinearMap("a", "attention", 4096, 4096), LinearMap("b", "mlp", 4096, 14336), LinearMap("c", "mlp", 14336, 4096)]
 SQUARE = [LinearMap("a", "attention", 100, 100), LinearMap("b", "mlp", 100, 400)]
 shares = st.lists(st.floats(0, 1), min_size=1, max_size=20)
 
@@ -185,21 +187,50 @@ def test_saturation() -> None:
     ],
 )
 def test_rate_from_full(kind: size.TaskKind, steps: int, rank: int, ratio: float) -> None:
-    found = rate_from_full(1e-5, kind, steps, rank)
+    found = rate_from_full(1e-5, kind, steps, rank, WIDE)
     assert found.value == pytest.approx(ratio * 1e-5)
     assert (found.low, found.high) == (pytest.approx(ratio * 5e-6), pytest.approx(ratio * 2e-5))
 
 
 def test_the_ratio_changes_without_a_jump() -> None:
-    ratios = [rate.ratio_to_full("sft", steps, 8)[0] for steps in range(90, 310)]
+    ratios = [rate.ratio_to_full("sft", steps, 8, WIDE)[0] for steps in range(90, 310)]
     assert all(a >= b for a, b in itertools.pairwise(ratios))
     assert max(a / b for a, b in itertools.pairwise(ratios)) < 1.01
+
+
+@pytest.mark.parametrize("rank", [1, 4, 32])
+@pytest.mark.parametrize(("d_out", "d_in"), [(64, 64), (256, 64), (64, 256)])
+def test_equal_first_steps_by_simulation(rank: int, d_out: int, d_in: int) -> None:
+    """A step of Adam on all of a map, and on B beside a fresh A: what each does to the loss, to first order, for random gradients."""
+    rng = np.random.default_rng(rank)
+    full = thin = 0.0
+    for _ in range(400):
+        gradient = rng.standard_normal((d_out, d_in))
+        a = rng.uniform(-1, 1, (rank, d_in)) / math.sqrt(d_in)
+        full += float(np.abs(gradient).sum())
+        thin += float((gradient * (size.ALPHA / rank * np.sign(gradient @ a.T) @ a)).sum())
+    planned = rate.first_step_ratio([LinearMap("a", "mlp", d_in, d_out)])
+    assert full / thin == pytest.approx(planned, rel=0.02)
+
+
+def test_narrow_models_want_less_than_ten_times() -> None:
+    """The bound is proportional to the width, and gives way to what was found where models are wide."""
+    shares = [rate.first_step_ratio([LinearMap("a", "attention", d, d), LinearMap("b", "mlp", d, 4 * d)]) for d in (64, 128)]
+    assert shares[1] == pytest.approx(2 * shares[0])
+    assert rate.ratio_to_full("rl", 80, 8, SQUARE)[0] == pytest.approx(math.sqrt(3) * 100 / 32)
+    assert rate.ratio_to_full("rl", 80, 1, SQUARE)[0] == pytest.approx(math.sqrt(3) * 100 / 64)
+    assert rate.ratio_to_full("sft", 20, 8, SQUARE)[0] == pytest.approx(math.sqrt(3) * 100 / 32)
+    experts = LinearMap("e", "expert", 100, 50, copies=8, active=2)
+    assert rate.first_step_ratio([experts]) == pytest.approx(math.sqrt(3) * 100 / 32)
 
 
 def test_planned_rates_are_the_swept_ones() -> None:
     """docs/studies/rank.md: full 0.00015; adapters 0.00075 (rank 1), 0.0015 (4 and 32), on a grid a factor of two apart."""
     for rank, swept in ((1, 0.00075), (4, 0.0015), (32, 0.0015)):
-        for planned in (rate_from_full(0.00015, "rl", 40, rank), rate_from_nothing("nano", "Qwen3ForCausalLM", 128, "rl", rank)):
+        for planned in (
+            rate_from_full(0.00015, "rl", 40, rank, count_shape("nano").maps[:-1]),
+            rate_from_nothing("nano", "Qwen3ForCausalLM", 128, "rl", rank),
+        ):
             assert planned.value is not None
             assert max(planned.value / swept, swept / planned.value) <= 1.5
 

@@ -12,7 +12,8 @@ from test_lab import lab
 
 from veneer.studies import forgetting
 from veneer.studies.contest import Terms
-from veneer.studies.forgetting import OTHER, OWN, REWARDED, Point, _findings, at_accuracy, parabola, write_worked
+from veneer.studies.forgetting import OTHER, OWN, REWARDED, Point, _findings, at_accuracy, parabola
+from veneer.studies.worked import write_worked
 from veneer.train.config import ScorecardSettings
 
 RL = ("rl.groups_per_batch=2", "rl.group_size=2", "rl.max_tokens=8", "eval.problems=2")

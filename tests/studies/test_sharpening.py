@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_lab import lab, never
 
-from veneer.studies import crossover, entropy
+from veneer.studies import crossover, entropy, habits
 from veneer.studies.contest import Terms
 from veneer.studies.crossover import _crossing
 from veneer.studies.entropy import OVER, curve_of, fit, smooth
@@ -40,13 +40,16 @@ def test_the_studies_run_and_nothing_is_played_twice(runs: Path, monkeypatch: py
     assert "- 1: " in found.tables
     again = asyncio.run(crossover.conduct(lab(runs, never), terms))
     assert (again.findings, again.tables) == (found.findings, found.tables)
+    monkeypatch.setattr(habits, "PROBLEMS", 3)
+    seen = asyncio.run(habits.conduct(lab(runs), terms))
+    assert [one["base"]["episodes"] for one in seen.document["seeds"]] == [12, 12]
     with pytest.raises(RunError, match=r"the run of seed 0 ended after \d+ steps, and a law takes 12"):
         asyncio.run(entropy.conduct(lab(runs, never), terms))  # four tokens solve nothing
     patient = Terms(2, 1, (*SMALL, "rl.max_useless_steps=13"))
     law = asyncio.run(entropy.conduct(lab(runs), patient))
     assert len(law.document["runs"]) == 2
     assert law.tables.count("\n| ") == 2
-    for name, result in (("crossover", found), ("entropy", law)):
+    for name, result in (("crossover", found), ("entropy", law), ("habits", seen)):
         result.draw(runs / f"{name}.svg")
         assert (runs / f"{name}.svg").read_text().count("<svg") == 1
 

@@ -21,7 +21,7 @@ label_option = click.option("--label", default="live", show_default=True, help="
 
 
 class Verbs(LazyGroup):
-    elsewhere = ("merge", "equivalence", "interfere")
+    elsewhere = ("merge", "equivalence", "interfere", "overlap")
 
 
 @click.group("adapters", cls=Verbs, short_help="Versions, labels, lineage and signatures of adapters; in from PEFT and out to it.")

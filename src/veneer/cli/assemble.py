@@ -7,9 +7,10 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from veneer.cli.interrupts import check_interrupted
 from veneer.cli.loops import LOOPS
 from veneer.engine import FullEngine, LocalEngine, LoraEngine, load_base, set_threads
 from veneer.envs import load_env
-from veneer.measure.anatomy import anatomy, updates_of
+from veneer.measure.anatomy import anatomy, thin_updates, updates_of
 from veneer.measure.canary import canary_tokens, check_loaded, with_canary
+from veneer.measure.subspaces import compare_directions, directions_of, in_short
 from veneer.render import Renderer
 from veneer.store.adapters import ALORA, read_manifest
 from veneer.store.entry import Entry, Parent, Score, check_compatible, now
 from veneer.store.files import veneer_home
 from veneer.store.registry import Registry, is_path
-from veneer.store.run import REPORT, SUMMARY, Run
+from veneer.store.run import REPORT, SUMMARY, Run, other_seeds
 from veneer.train.config import EnvSettings, LoraSettings, RunConfig, make_config
 from veneer.train.distill import Teacher
 from veneer.train.pipeline import Stage
@@ -43,6 +45,8 @@ TEACHER = "(teacher)"
 """What a teacher's adapter is called in its engine; no run can have this name."""
 START = "(start)"
 """And what a run began with, while it is compared with what came of it."""
+OTHERS = 3
+"""Runs of other seeds that an update is compared with."""
 
 
 @dataclass
@@ -196,7 +200,7 @@ def execute(
         weights = machine.engine.base.weights()
         update = anatomy(weights, updates_of(weights, checkpoint.weights, checkpoint.config), checkpoint.config)
         if update is not None:
-            summary["anatomy"] = update.in_short()
+            summary["anatomy"] = update.in_short() | {"other_seeds": _beside_others(checkpoint, config)}
         version = Registry().put(session.adapter, checkpoint, session.facts(**_scores(config, summary)))
         summary |= {
             "run_folder": str(run.folder),
@@ -216,6 +220,26 @@ def execute(
         return summary, machine, run
     finally:
         run.close()
+
+
+def _beside_others(checkpoint: Checkpoint, config: RunConfig) -> list[dict[str, Any]]:
+    """Which directions an adapter shares with those of the newest finished runs of this home that differ in the seed alone."""
+    if checkpoint.config is None:
+        return []
+    mine = directions_of(thin_updates(checkpoint.weights, checkpoint.config))
+
+    def compared() -> Iterator[dict[str, Any]]:
+        for seed, summary in other_seeds(veneer_home() / "runs", config.to_toml()):
+            try:
+                theirs, _ = Registry().read(summary["adapter"])
+                if theirs.adapter.base_digest != checkpoint.adapter.base_digest or theirs.config is None:
+                    continue
+                common = compare_directions(mine, directions_of(thin_updates(theirs.weights, theirs.config)))
+            except (AdapterError, ValueError):  # forgotten or damaged, or nothing was changed
+                continue
+            yield {"adapter": summary["adapter"], "seed": seed, "common": in_short(common)}
+
+    return list(islice(compared(), OTHERS))
 
 
 def _scorecard(session: Session) -> dict[str, Any]:

@@ -23,8 +23,6 @@ TRIES = 8
 """At a problem."""
 CPU_FLOPS, CPU_BANDWIDTH = (0.05, 0.5), (0.05, 0.5)
 """Shares of what is measured that a run reaches on a CPU."""
-UNKNOWN_RATE = 1e-4
-"""Around which rates are tried where none is planned."""
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 TASK: tuple[Option, ...] = (
     click.option("--kind", type=click.Choice(["rl", "sft"]), default="rl", show_default=True),
@@ -59,8 +57,10 @@ ADAPTER: tuple[Option, ...] = (
     click.option("--target", "targets", multiple=True, help="Ending of a module's name; replaces the three switches. Repeatable."),
     click.option("--full-lr", type=click.FloatRange(0, min_open=True), help="A tuned learning rate of full fine-tuning."),
     click.option("--lr", type=click.FloatRange(0, min_open=True), help="A learning rate of adapters: this one, or --from's."),
-    click.option("--range-test", is_flag=True, help="Try five rates on the task for a few steps, some minutes on nano: an estimate."),
-    click.option("--range-steps", type=click.IntRange(1), default=16, show_default=True),
+    click.option(
+        "--range-test", is_flag=True, help="Try five to ten rates on the task for a few steps, some minutes on nano: an estimate."
+    ),
+    click.option("--range-steps", type=click.IntRange(1), default=32, show_default=True),
     click.option("--from", "library", metavar="LIBRARY", help="Whose rule of alpha and rank --lr belongs to: trl, verl, ..."),
     click.option("--from-rank", type=click.IntRange(1), help="There, if not its default."),
     click.option("--from-alpha", type=click.FloatRange(0, min_open=True), help="There, if not its default."),
@@ -246,15 +246,16 @@ def _range_test(model: str, plan: Plan, options: Mapping[str, Any]) -> Figure:
     from veneer.measure.plan.figure import Figure
     from veneer.store.files import veneer_home
     from veneer.studies.lab import Lab, Outcome, Place
-    from veneer.studies.range_test import PROBLEMS, grid, try_rates
+    from veneer.studies.range_test import PROBLEMS, RUNG, find_rate
     from veneer.train.config import make_config
     from veneer.train.session import stop_signals
     from veneer.types import ConfigError
 
     if plan.wish.kind != "rl" or options["env"] is None or not _has_weights(model):
         raise ConfigError("--range-test: it trains on a task; name one with --env, and give a MODEL whose weights are here")
-    rates = grid(plan.learning_rate or UNKNOWN_RATE)
-    config = make_config(_run(model, plan, options, rates[0]))
+    known = plan.figure("learning rate")
+    guessed = plan.wish.rate is None and (known.low is None or known.high is None or known.high > RUNG * known.low)
+    config = make_config(_run(model, plan, options, known.value or 0.0))
 
     def open_place(config: Any) -> Place:
         machine = start(config.base, options["threads"], config.weights, config.device)
@@ -263,11 +264,11 @@ def _range_test(model: str, plan: Plan, options: Mapping[str, Any]) -> Figure:
     def told(outcome: Outcome, done: int, of: int) -> None:
         print(f"range test {done} of {of}: {outcome.config.rl.learning_rate:.3g} -> {outcome.score:.3f}", file=sys.stderr, flush=True)
 
-    lab = Lab(veneer_home() / "studies" / "runs", open_place, default_device(), len(rates), told)
+    lab = Lab(veneer_home() / "studies" / "runs", open_place, default_device(), told=told)
     with stop_signals(lab.stop):
-        found = asyncio.run(try_rates(lab, config, rates, options["range_steps"]))
+        found = asyncio.run(find_rate(lab, config, None if guessed else known.value, options["range_steps"]))
     ends = ", ".join(f"{one.rate:.2g}: {'diverged' if one.diverged else f'{one.after:.3f}'}" for one in found.tried)
-    formula = f"the middle of the rates that end as well as the best one ({found.tried[0].before:.3f} before; {ends})"
+    formula = f"the vertex of the parabola through the rate that ends best and its neighbours ({found.tried[0].before:.3f} before; {ends})"
     source = f"measured: {options['range_steps']} steps each, {PROBLEMS} held-out problems, one seed"
     note = "an estimate: short runs bear larger rates than long ones" + (f"; {found.edge}: it may lie further out" if found.edge else "")
     if found.value is None:

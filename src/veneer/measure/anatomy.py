@@ -65,12 +65,17 @@ def updates_of(before: Mapping[str, Array], after: Mapping[str, Array], config: 
         full = {name: array.shape for name, array in after.items()}
         _check_shapes(before, full)
         return {name: Update(array - before[name]) for name, array in after.items()}
-    thin = {name.removeprefix("base_model.model."): array for name, array in after.items()}
-    modules = [name.removesuffix(".lora_A.weight") for name in thin if name.endswith(".lora_A.weight")]
-    scale = np.float32(config.alpha / config.rank)
-    found = {f"{m}.weight": Update(scale * thin[f"{m}.lora_B.weight"], thin[f"{m}.lora_A.weight"]) for m in modules}
+    found = thin_updates(after, config)
     _check_shapes(before, {name: update.shape for name, update in found.items()})
     return found
+
+
+def thin_updates(weights: Mapping[str, Array], config: LoraConfig) -> dict[str, Update]:
+    """(alpha / rank) B A for each of the base's parameters that an adapter's ``weights`` change, by its name."""
+    thin = {name.removeprefix("base_model.model."): array for name, array in weights.items()}
+    modules = [name.removesuffix(".lora_A.weight") for name in thin if name.endswith(".lora_A.weight")]
+    scale = np.float32(config.alpha / config.rank)
+    return {f"{m}.weight": Update(scale * thin[f"{m}.lora_B.weight"], thin[f"{m}.lora_A.weight"]) for m in modules}
 
 
 def _check_shapes(before: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -178,13 +183,6 @@ def effective_rank(singular: NDArray[np.float64]) -> float:
 def stable_rank(singular: NDArray[np.float64]) -> float:
     """Squared Frobenius norm over squared spectral norm: at most the rank, and not moved by what is small."""
     return float((singular**2).sum() / singular[0] ** 2) if singular[0] > 0 else 0.0
-
-
-def subspace_overlap(one: Array, other: Array, rank: int) -> tuple[float, float]:
-    """How much of the ``rank`` strongest output directions two updates [d_out, d_in] share: |U^T V|^2 / rank, from 0 to 1, and what two
-    random subspaces come to, rank / d_out (the measure of the LoRA paper's section 7.2, https://arxiv.org/abs/2106.09685)."""
-    first, second = (np.linalg.svd(update.astype(np.float64), full_matrices=False)[0][:, :rank] for update in (one, other))
-    return float(np.square(first.T @ second).sum()) / first.shape[1], first.shape[1] / one.shape[0]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,18 @@ class NoiseScale:
     """On which it was measured."""
 
 
+def noise_parts(squares: Sequence[float], whole: float, groups: int) -> dict[str, float]:
+    """``noise/trace`` and ``noise/signal`` of one batch: unbiased for the trace of the covariance of a group's gradient and for the squared
+    norm of the true one (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1).
+
+    ``squares``: squared norms of what each group adds to the batch's gradient, of as many as add something; ``whole``: of their sum;
+    ``groups``: two or more, of which the batch is the mean. With G_i = ``groups`` times what group i adds, and G their mean, the trace is
+    (mean |G_i|^2 - |G|^2) / (1 - 1/P) and the signal (P |G|^2 - mean |G_i|^2) / (P - 1).
+    """
+    small = groups * sum(squares)
+    return {"noise/trace": (small - whole) / (1 - 1 / groups), "noise/signal": (groups * whole - small) / (groups - 1)}
+
+
 def noise_scale(metrics: Sequence[Mapping[str, Any]], group_size: int) -> NoiseScale | None:
     """From ``noise/trace`` and ``noise/signal`` of the steps that have them: the ratio of their means, in episodes, of which a group
     has ``group_size``. None: no step has them.

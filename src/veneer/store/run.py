@@ -7,6 +7,7 @@ writes the same bytes there as one that never stopped.
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from veneer.store.files import ASIDE, remove_asides, storage_errors, sync, write
 from veneer.types import Checkpoint, ConfigError, RunError, TrajectoryGroup
 
 METRICS, TIMINGS, CONFIG, REPORT, SUMMARY = "metrics.jsonl", "timings.jsonl", "config.toml", "report.html", "summary.json"
+OWN = ("name", "folder", "seed")
+"""Keys in which runs of one configuration may differ."""
 
 
 class Run:
@@ -124,6 +127,25 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)
+
+
+def other_seeds(runs: Path, config_toml: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Seeds and summaries of the finished runs in the folder ``runs`` that are configured alike but for OWN: the newest first, one a seed,
+    none of the seed that ``config_toml`` has. A run that cannot be read is left out."""
+    mine = tomllib.loads(config_toml)
+    seen = {mine["seed"]}
+    for path in sorted(runs.glob(f"*/{SUMMARY}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            theirs = tomllib.loads((path.parent / CONFIG).read_text())
+            if _shared(theirs) == _shared(mine) and theirs["seed"] not in seen:
+                yield theirs["seed"], json.loads(path.read_text())
+                seen.add(theirs["seed"])
+        except (OSError, ValueError, KeyError):
+            continue
+
+
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in OWN}
 
 
 def _whole_lines(path: Path) -> list[str]:

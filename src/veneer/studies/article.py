@@ -35,8 +35,7 @@ SECTIONS: Sequence[Section] = (
             Sentence("An episode of reinforcement learning gives about one bit: right or wrong.", {"bandit": "", "groups": ""}),
             Sentence(
                 "Supervision of every token is dense; a reward at the end throws most of that away.",
-                {},
-                "the same task from feedback on every token, on every step and at the end alone",
+                {"feedback": ""},
             ),
         ),
     ),
@@ -50,8 +49,7 @@ SECTIONS: Sequence[Section] = (
             Sentence("It makes better specialists and worse generalists.", {"crossover": "^reward in", "forgetting": ""}),
             Sentence(
                 "Behaviour such as correcting oneself is there before, and reinforcement learning makes it reliable.",
-                {},
-                "how often rollouts check and correct themselves before and after, and whether it helps",
+                {"habits": ""},
             ),
         ),
     ),
@@ -76,7 +74,7 @@ SECTIONS: Sequence[Section] = (
             Sentence("An adapter must reach all layers: on attention alone it falls behind.", {"layers": ""}),
             Sentence(
                 "The best learning rate is about ten times that of full fine-tuning, whatever the rank.",
-                {"learning_rate": "", "rank": "^best learning rate"},
+                {"learning_rate": "", "early": "", "horizon": "", "rank": "^best learning rate"},
             ),
             Sentence("It bears large batches less well.", {"batch": ""}),
         ),

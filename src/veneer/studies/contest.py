@@ -11,10 +11,9 @@ import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from veneer.measure.verdict import Comparison, compare_seeds
-from veneer.studies.lab import Lab, Outcome
 from veneer.train.config import RunConfig, make_config, override_in
 from veneer.types import ConfigError
 
@@ -22,6 +21,29 @@ OTHERS = {"rl": "sft.", "sft": "rl."}
 """By kind of run: keys that the other kind reads."""
 CHOICE, AGAIN = 1000, 2000
 """The first seed of those on which learning rates are chosen, and of those of the noise floor; compared are 0, 1, 2 and so on."""
+
+
+class Scored(Protocol):
+    """What a run came to, as far as it is compared: ``lab.Outcome`` says what each of these is."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def score_before(self) -> float: ...
+    @property
+    def diverged(self) -> str | None: ...
+
+
+class Maker(Protocol):
+    """Makes runs, as ``lab.Lab`` does."""
+
+    async def run(self, configs: Sequence[RunConfig]) -> Sequence[Scored]:
+        """Raises:
+        Interrupted, VeneerError: as ``Lab.run``.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,7 @@ class Terms:
 class Sweep:
     """An arm at every learning rate."""
 
-    tried: Mapping[float, Sequence[Outcome]]
+    tried: Mapping[float, Sequence[Scored]]
     """By learning rate, rising: a run for each choice seed."""
     edge: Literal["lowest", "highest"] | None
     """The best rate is the last of the grid on this side, though the grid was widened there: a better one may lie beyond."""
@@ -79,7 +101,7 @@ class Entrant:
 
     arm: Arm
     sweep: Sweep
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[Scored]
     comparison: Comparison | None
     """With the reference; None: it is the reference."""
 
@@ -102,7 +124,7 @@ class Contest:
         return self.entrants[0]
 
 
-async def hold_contest(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], margin: float, terms: Terms) -> Contest:
+async def hold_contest(lab: Maker, shared: Mapping[str, Any], arms: Sequence[Arm], margin: float, terms: Terms) -> Contest:
     """Compare arms with the first of them. ``shared``: what all runs have in common, as nested tables of a run's configuration.
 
     Raises:
@@ -163,13 +185,13 @@ def _keys(tree: Mapping[str, Any]) -> set[str]:
     return nested | {key for key, value in tree.items() if not isinstance(value, Mapping)}
 
 
-async def sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], choice_seeds: int) -> list[Sweep]:
+async def sweep_all(lab: Maker, shared: Mapping[str, Any], arms: Sequence[Arm], choice_seeds: int) -> list[Sweep]:
     """All arms' grids at once; those whose best rate is the last on a side are widened there by two, once.
 
     Raises:
         ConfigError, Interrupted, VeneerError: as ``hold_contest``.
     """
-    tried = [dict[float, Sequence[Outcome]]() for _ in arms]
+    tried = [dict[float, Sequence[Scored]]() for _ in arms]
 
     async def add(rates: Sequence[Sequence[float]]) -> None:
         wanted = [(i, rate) for i, more in enumerate(rates) for rate in more]
@@ -191,13 +213,25 @@ async def sweep_all(lab: Lab, shared: Mapping[str, Any], arms: Sequence[Arm], ch
     return sweeps
 
 
-def _rising(found: Mapping[float, Sequence[Outcome]]) -> dict[float, Sequence[Outcome]]:
+def _rising(found: Mapping[float, Sequence[Scored]]) -> dict[float, Sequence[Scored]]:
     return {rate: found[rate] for rate in sorted(found)}
 
 
 def _best(means: Mapping[float, float]) -> float:
     """The rate of the best mean; of equal ones the smallest."""
     return max(means, key=lambda rate: (means[rate], -rate))
+
+
+def peak(rates: Sequence[float], scores: Sequence[float]) -> float:
+    """Between the points of a grid of rates a constant factor apart: where the parabola through the best point and its two neighbours, in
+    the rate's logarithm, is highest. At the grid's edge it is the edge."""
+    best = max(range(len(scores)), key=lambda i: scores[i])
+    if best in (0, len(rates) - 1):
+        return rates[best]
+    below, top, above = scores[best - 1 : best + 2]
+    bend = below - 2 * top + above
+    shift = 0.5 * (below - above) / bend if bend else 0.0
+    return rates[best] * (rates[1] / rates[0]) ** shift
 
 
 def _beyond(rates: Sequence[float], best: float) -> list[float]:

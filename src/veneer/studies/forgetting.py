@@ -9,9 +9,7 @@ interpolation between those.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from veneer.envs.arithmetic import generate
-from veneer.envs.dataset import Problem, draw
 from veneer.measure.verdict import compare_seeds, t_interval
-from veneer.store.files import storage_errors, write_text
 from veneer.studies.contest import Terms, overridden, terms_for
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
 from veneer.studies.result import Finding, Result
 from veneer.studies.sharpening import scorecards
+from veneer.studies.worked import write_worked
 from veneer.train.config import RunConfig, ScorecardSettings, make_config
 
 QUESTION = (
@@ -71,31 +67,6 @@ class Point:
 
 Course = Sequence[Point]
 """Of one seed and way, by rising length; the base first."""
-
-
-def write_worked(folder: Path, rows: int, backwards: bool) -> Path:
-    """Sums of the training problems with every partial sum, in a file named by its content.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    text = "".join(json.dumps(_worked(draw(generate, "train", i, "studies/worked"), backwards)) + "\n" for i in range(rows))
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-    with storage_errors(path):
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-    return path
-
-
-def _worked(problem: Problem, backwards: bool) -> dict[str, Any]:
-    numbers = [int(number) for number in problem.prompt.removesuffix("=?").split("+")][:: -1 if backwards else 1]
-    lines, total = list[str](), numbers[0]
-    for number in numbers[1:]:
-        lines.append(f"{total}+{number}={total + number}")
-        total += number
-    answer = {"role": "assistant", "reasoning_content": "\n".join(lines), "content": problem.answer}
-    return {"messages": [{"role": "user", "content": problem.prompt}, answer]}
 
 
 async def conduct(lab: Lab, terms: Terms) -> Result:

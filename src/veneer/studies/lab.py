@@ -107,7 +107,7 @@ class Lab:
                     found[folder] = await self._one(folder, config)
                     self.told(found[folder], len(found), len(wanted))
 
-            await self._together([one(folder, config) for folder, config in here.items()])
+            await self.together([one(folder, config) for folder, config in here.items()])
         return [found[self._folder(config)] for config in configs]
 
     def trainable(self, config: RunConfig) -> int:
@@ -121,8 +121,12 @@ class Lab:
         engine.remove_adapter(COUNTED)
         return count
 
-    async def _together(self, runs: Sequence[Awaitable[None]]) -> None:
-        """Wait for all, whatever becomes of one: they save their state before anything is raised."""
+    async def together(self, runs: Sequence[Awaitable[None]]) -> None:
+        """Wait for all, whatever becomes of one: they save their state before anything is raised.
+
+        Raises:
+            Interrupted, VeneerError: the first that one of them raised, and rather what it was that stopped the others.
+        """
 
         async def stopping(run: Awaitable[None]) -> None:
             try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from veneer.measure.verdict import compare_seeds, t_interval
-from veneer.studies.contest import Arm, Sweep, Terms, overridden, sweep_all, thinned
+from veneer.studies.contest import Arm, Sweep, Terms, overridden, peak, sweep_all, thinned
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -55,19 +55,9 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
 
 
 def best_rates(sweep: Sweep) -> list[float]:
-    """The best learning rate of each seed, between the points of the grid: where the parabola through the best point and its two
-    neighbours, in the rate's logarithm, is highest. At the grid's edge it is the edge."""
+    """The best learning rate of each seed, between the points of the grid."""
     rates = list(sweep.tried)
-    found = []
-    for scores in zip(*([outcome.score for outcome in outcomes] for outcomes in sweep.tried.values()), strict=True):
-        best = int(np.argmax(scores))
-        shift = 0.0
-        if 0 < best < len(rates) - 1:
-            below, top, above = scores[best - 1 : best + 2]
-            bend = below - 2 * top + above
-            shift = 0.5 * (below - above) / bend if bend else 0.0
-        found.append(rates[best] * (rates[1] / rates[0]) ** shift)
-    return found
+    return [peak(rates, scores) for scores in zip(*([o.score for o in outcomes] for outcomes in sweep.tried.values()), strict=True)]
 
 
 def slopes(sweeps: Mapping[int, Sweep], smallest: int = 4) -> list[float]:

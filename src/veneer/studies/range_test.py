@@ -1,7 +1,9 @@
 """Which learning rate suits an adapter? A few rates side by side for a few steps: an estimate for a plan, not a study.
 
-Short runs bear larger rates than long ones, and one seed is one seed; so the rate that is taken is the middle of those that end as well
-as the best one does, within what so few held-out problems can tell, and its range is theirs and one grid point to either side.
+Short runs bear larger rates than long ones, and one seed is one seed. What is taken is where the parabola through the rate that ends best
+and its two neighbours is highest; its range are the rates that end as well, within what so few held-out problems can tell, with one grid
+point to either side. Where nothing is known of the base, rates far apart are tried first: published ones are of models a thousand times
+as large.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from veneer.studies.contest import peak
 from veneer.studies.lab import Lab, Outcome
 from veneer.train.config import RunConfig
 
-PROBLEMS = 128
+PROBLEMS = 256
 FACTOR, POINTS = 2.0, 5
+LOWEST, RUNG, RUNGS = 1e-5, 8.0, 5
+"""Of a ladder: the lowest rate of published recipes, and how far apart the rungs are, up to 0.04, where everything diverges."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +49,79 @@ def grid(centre: float) -> list[float]:
     return [centre * FACTOR ** (i - POINTS // 2) for i in range(POINTS)]
 
 
-async def try_rates(lab: Lab, config: RunConfig, rates: Sequence[float], steps: int) -> Range:
-    """Make the runs of so many steps, as adapters of one engine; those of an earlier time are taken over."""
+def ladder() -> list[float]:
+    """Rates where nothing is known."""
+    return [LOWEST * RUNG**i for i in range(RUNGS)]
+
+
+async def find_rate(lab: Lab, config: RunConfig, centre: float | None, steps: int) -> Range:
+    """Make the runs of so many steps, as adapters of one engine; those of an earlier time are taken over. ``centre``: around which the grid
+    lies; None: where a ladder leads. A grid whose good rates go up to a side is widened there by two, once.
+
+    Raises:
+        Interrupted, VeneerError: as ``Lab.run``.
+    """
+    if centre is None:
+        centre = climb(await _try_rates(lab, config, ladder(), steps))
+    tried = await _try_rates(lab, config, grid(centre), steps)
+    more = beyond(tried)
+    if more:
+        tried = sorted([*tried, *await _try_rates(lab, config, more, steps)], key=lambda one: one.rate)
+    return choose(tried)
+
+
+async def _try_rates(lab: Lab, config: RunConfig, rates: Sequence[float], steps: int) -> list[Tried]:
     loop = config.rl.model_copy(update={"steps": steps})
     evaluation = config.eval.model_copy(update={"problems": PROBLEMS, "every": steps})
     short = config.model_copy(update={"rl": loop, "eval": evaluation, "checkpoint_every": steps})
-    configs = [short.model_copy(update={"rl": loop.model_copy(update={"learning_rate": rate})}) for rate in rates]
-    return choose([_tried(outcome) for outcome in await lab.run(configs)])
+    configs = [short.model_copy(update={"rl": loop.model_copy(update={"learning_rate": float(f"{rate:.6g}")})}) for rate in rates]
+    return [_tried(outcome) for outcome in await lab.run(configs)]
 
 
-def choose(tried: Sequence[Tried], problems: int = PROBLEMS) -> Range:
+def climb(tried: Sequence[Tried]) -> float:
+    """From the rungs of a ladder: the best if it improved on the base, else the largest that did no harm, for harm shows sooner than good;
+    the lowest if all did."""
+    if _good(tried):
+        return _best(tried).rate
+    harmless = [one.rate for one in tried if not one.diverged and one.after >= one.before - _error(one.before)]
+    return max(harmless, default=tried[0].rate)
+
+
+def beyond(tried: Sequence[Tried]) -> list[float]:
+    """Two more rates on every side that the good ones go up to; none if none is good."""
+    good = _good(tried)
+    below = [tried[0].rate / FACTOR**2, tried[0].rate / FACTOR] if good and good[0] == 0 else []
+    above = [tried[-1].rate * FACTOR, tried[-1].rate * FACTOR**2] if good and good[-1] == len(tried) - 1 else []
+    return [*below, *above]
+
+
+def choose(tried: Sequence[Tried]) -> Range:
     """From rates in rising order."""
-    rates = [one.rate for one in tried]
-    best = max(tried, key=lambda one: one.after)
-    error = math.sqrt(max(best.after * (1 - best.after), 0.25 / problems) / problems)
-    if best.diverged or best.after <= best.before + error:
+    rates, good = [one.rate for one in tried], _good(tried)
+    if not good:
         return Range(tried, None, rates[0], rates[-1], "")
-    good = [i for i, one in enumerate(tried) if not one.diverged and one.after >= best.after - error]
     first, last = good[0], good[-1]
-    low, high = rates[first] / FACTOR, rates[last] * FACTOR
     edge = "highest tried" if last == len(rates) - 1 else "lowest tried" if first == 0 else ""
-    return Range(tried, math.sqrt(rates[first] * rates[last]), low, high, edge)
+    value = peak(rates, [0.0 if one.diverged else one.after for one in tried])
+    return Range(tried, value, rates[first] / FACTOR, rates[last] * FACTOR, edge)
+
+
+def _good(tried: Sequence[Tried]) -> list[int]:
+    """Places of those that end as well as the best, within one standard error; none if that one did not improve on the base."""
+    best = _best(tried)
+    error = _error(best.after)
+    if best.diverged or best.after <= best.before + error:
+        return []
+    return [i for i, one in enumerate(tried) if not one.diverged and one.after >= best.after - error]
+
+
+def _error(share: float) -> float:
+    """The standard error of a share of the held-out problems, not below that of a quarter of one."""
+    return math.sqrt(max(share * (1 - share), 0.25 / PROBLEMS) / PROBLEMS)
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    return max(tried, key=lambda one: one.after)
 
 
 def _tried(outcome: Outcome) -> Tried:

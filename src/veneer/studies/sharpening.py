@@ -3,7 +3,8 @@ beside each what the base and the trained policy do with the same problems when 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from veneer.envs import load_env
@@ -13,7 +14,7 @@ from veneer.studies.lab import ADAPTER, Lab, Outcome
 from veneer.train.config import RunConfig, ScorecardSettings, make_config
 from veneer.train.rollouts import Policy, closing
 from veneer.train.scorecard import measure_scorecard
-from veneer.types import SamplingParams
+from veneer.types import EnvDataset, SamplingParams
 
 SHARED: Mapping[str, Any] = {
     "env": {"name": "arithmetic", "args": {"min_terms": 4, "max_terms": 6}},
@@ -44,21 +45,32 @@ async def scorecards(lab: Lab, outcomes: Sequence[Outcome], settings: ScorecardS
     """
 
     async def measure(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
-        place = lab.place(config)
-        checkpoint, _ = read_adapter(outcome.folder / ADAPTER)
-        await place.engine.load_state(TRIED, checkpoint)
-        params = SamplingParams(max_tokens=config.rl.max_tokens)
-        start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in (None, TRIED))
-        try:
-            async with closing(load_env(config.env.name, config.env.args)) as dataset:
-                found = await measure_scorecard(start, end, dataset, settings, config.env.max_failed_share, config.seed)
-        finally:
-            place.engine.remove_adapter(TRIED)
+        async with both(lab, outcome, config) as (start, end, dataset):
+            found = await measure_scorecard(start, end, dataset, settings, config.env.max_failed_share, config.seed)
         return found.document()
 
     what = f"scorecard {settings.model_dump_json()}"
     return [await lab.measured(what, outcome.config, lambda config, outcome=outcome: measure(outcome, config)) for outcome in outcomes]
 
 
+@asynccontextmanager
+async def both(lab: Lab, outcome: Outcome, config: RunConfig) -> AsyncGenerator[tuple[Policy, Policy, EnvDataset], None]:
+    """The base and what was trained from it, as they act in the run's environment.
+
+    Raises:
+        VeneerError: the run's adapter cannot be read.
+    """
+    place = lab.place(config)
+    checkpoint, _ = read_adapter(outcome.folder / ADAPTER)
+    await place.engine.load_state(TRIED, checkpoint)
+    params = SamplingParams(max_tokens=config.rl.max_tokens)
+    start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in (None, TRIED))
+    try:
+        async with closing(load_env(config.env.name, config.env.args)) as dataset:
+            yield start, end, dataset
+    finally:
+        place.engine.remove_adapter(TRIED)
+
+
 TRIED = "(tried)"
-"""The adapter whose scorecard is made; no run can have this name."""
+"""The adapter that is looked at; no run can have this name."""

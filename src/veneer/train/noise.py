@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from veneer.measure.noise_scale import noise_parts
 from veneer.train.session import Metrics, Session
 from veneer.types import Datum, LossName
 
@@ -19,14 +20,10 @@ async def noise_metrics(
     ``data_GD``: the data of each group with a signal, scaled as for the batch's one step. ``groups``: how many the batch had; those without
     a signal have a gradient of zero. A group and not an episode is what is drawn independently: its members share a baseline.
 
-    With G_i the gradient if group i stood for the whole batch, and G their mean, ``noise/trace`` = (mean |G_i|^2 - |G|^2) / (1 - 1/P) and
-    ``noise/signal`` = (P |G|^2 - mean |G_i|^2) / (P - 1) are unbiased for the trace of a group's covariance and for the squared norm of the
-    true gradient; the scale is their ratio, of means over steps (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1).
+    ``measure/noise_scale.py`` has the formulas.
     """
     squares = [await _squared_norm(session, data, loss, settings) for data in data_GD]
-    small = groups * sum(squares)  # of G_i = P times the group's part of the sum
-    big = await _squared_norm(session, [datum for data in data_GD for datum in data], loss, settings)
-    return {"noise/trace": (small - big) / (1 - 1 / groups), "noise/signal": (groups * big - small) / (groups - 1)}
+    return noise_parts(squares, await _squared_norm(session, [datum for data in data_GD for datum in data], loss, settings), groups)
 
 
 async def _squared_norm(session: Session, data: Sequence[Datum], loss: LossName, settings: Mapping[str, float]) -> float:

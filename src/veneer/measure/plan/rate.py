@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.measure.plan.figure import TML, Figure
-from veneer.measure.plan.size import TaskKind
+from veneer.measure.plan.size import ALPHA, TaskKind
+from veneer.shapes import LinearMap
 
 RATIO, SHORT_RATIO = 10.0, 15.0
 SHORT, LONG = 100, 300
@@ -19,26 +21,46 @@ MEASURED = {"nano": 1.5e-3}
 """Rates at rank 4 to 32 that were swept here (docs/studies/rank.md)."""
 
 
-def ratio_to_full(kind: TaskKind, steps: int | None, rank: int) -> tuple[float, str]:
-    """How many times the learning rate of full fine-tuning, and why."""
+def first_step_ratio(maps: Sequence[LinearMap]) -> float:
+    """How many times the learning rate of full fine-tuning an adapter with alpha 32 needs so that its first step of Adam lowers the loss
+    as much, if gradients are independent and of one size everywhere.
+
+    A step of Adam is a sign for every number. With a gradient G [d_out, d_in] of entries of size s, all weights come to
+    <G, sign(G)> = s d_out d_in times the rate; B alone, beside an A of entries uniform in +-1/sqrt(d_in), to (alpha / r) |G A^T|_1, so
+    alpha s d_out / sqrt(3), whatever the rank. That makes sqrt(3) / alpha times the mean input width of the maps' outputs.
+    """
+    return math.sqrt(3) / ALPHA * sum(m.weights for m in maps) / sum(m.copies * m.d_out for m in maps)
+
+
+def ratio_to_full(kind: TaskKind, steps: int | None, rank: int, maps: Sequence[LinearMap]) -> tuple[float, str]:
+    """How many times the learning rate of full fine-tuning, and why: what was found in models at least 1024 wide, and no more than what
+    makes the first steps equal, which in narrow models is less."""
     ratio, why = RATIO, "10 x (9.8 in a fit over 14 models; alpha 32, Adam)"
     if kind == "sft" and steps is not None and steps < LONG:
         place = min(1.0, max(0.0, (LONG - steps) / (LONG - SHORT)))
         ratio = RATIO * (SHORT_RATIO / RATIO) ** place
         why = f"{ratio:.3g} x: 15 up to {SHORT} steps, 10 from {LONG} on, as B starts at zero"
+    equal = first_step_ratio(maps)
+    if equal < ratio:
+        ratio, why = (
+            equal,
+            f"{equal:.3g} x: sqrt(3) x mean input width / alpha, with which first steps are equal; {ratio:.3g} in wide models",
+        )
     if rank == 1:
         return ratio / 2, f"{why}, half of it at rank 1"
     return ratio, why
 
 
-def rate_from_full(full_rate: float, kind: TaskKind, steps: int | None, rank: int) -> Figure:
-    """The learning rate of an adapter with alpha 32, from a tuned one of full fine-tuning, for any architecture."""
-    ratio, why = ratio_to_full(kind, steps, rank)
+def rate_from_full(full_rate: float, kind: TaskKind, steps: int | None, rank: int, maps: Sequence[LinearMap]) -> Figure:
+    """The learning rate of an adapter with alpha 32 on ``maps``, from a tuned one of full fine-tuning, for any architecture."""
+    ratio, why = ratio_to_full(kind, steps, rank, maps)
     value = full_rate * ratio
     rewarded = "docs/studies/rank.md: 10 [5, 20] at ranks 4 and 32, 5 [2.5, 10] at rank 1 after 40 steps by reward"
     supervised = "docs/studies/learning_rate.md: 3.1 [1.5, 6.7] after 60 supervised steps"
-    source = f"{TML}, section on learning rates; {rewarded}; {supervised}"
-    note = "10 was found, not derived; widths below 512 are checked here on the bundled base alone. Try a third and three times as much"
+    source = f"{TML}, section on learning rates; {rewarded}; {supervised}; docs/plan.md: two widths"
+    note = (
+        "10 was found, not derived, and the bound for narrow models derived and checked at two widths. Try a third and three times as much"
+    )
     return Figure("learning rate", value, "", f"full rate {full_rate:g} x {why}", source, value / RATIO_RANGE, value * RATIO_RANGE, note)
 
 

@@ -12,6 +12,7 @@ from veneer.measure.plan import cost, memory, rate, signal, size
 from veneer.measure.plan.cost import Device, StepBytes
 from veneer.measure.plan.figure import TML, Figure
 from veneer.measure.plan.memory import Passes
+from veneer.measure.plan.rate import Rule
 from veneer.measure.plan.signal import PassRates
 from veneer.measure.plan.size import TaskKind
 from veneer.shapes import LinearMap, ModelShape, adapter_parameters
@@ -139,7 +140,7 @@ def make_plan(shape: ModelShape, wish: Wish) -> Plan:
     assert chosen.value is not None
     rank, alpha = int(chosen.value), wish.alpha or size.ALPHA
     config = replace(wish.lora, rank=rank, alpha=alpha)
-    learning = wish.rate or _rate(shape, wish, steps, rank, alpha)
+    learning = wish.rate or _rate(shape, wish, steps, Rule(rank, alpha), maps)
     trained = Trained(maps, rank)
     parameters = adapter_parameters(maps, rank)
     sections = {
@@ -215,15 +216,15 @@ def _adapter(maps: Sequence[LinearMap], rank: Figure, parameters: int, demand: F
     return figures if demand is None else [*figures, demand, size.plan_saturation(demand, figures[-1])]
 
 
-def _rate(shape: ModelShape, wish: Wish, steps: int, rank: int, alpha: float) -> Figure:
+def _rate(shape: ModelShape, wish: Wish, steps: int, rule: Rule, maps: Sequence[LinearMap]) -> Figure:
     found = (
-        rate.rate_from_nothing(shape.name, shape.architecture, shape.hidden, wish.kind, rank)
+        rate.rate_from_nothing(shape.name, shape.architecture, shape.hidden, wish.kind, rule.rank)
         if wish.full_rate is None
-        else rate.rate_from_full(wish.full_rate, wish.kind, steps, rank)
+        else rate.rate_from_full(wish.full_rate, wish.kind, steps, rule.rank, maps)
     )
-    if alpha == size.ALPHA or found.value is None:
+    if rule.alpha == size.ALPHA or found.value is None:
         return found
-    converted = rate.convert_rate(found.value, rate.Rule(rank, size.ALPHA), rate.Rule(rank, alpha))
+    converted = rate.convert_rate(found.value, Rule(rule.rank, size.ALPHA), rule)
     assert converted.low is not None
     assert converted.high is not None
     low, high = (converted.low * (found.low or found.value) / found.value, converted.high * (found.high or found.value) / found.value)

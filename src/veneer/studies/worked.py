@@ -1,0 +1,39 @@
+"""Sums with every partial sum written down: what a policy that has learned them would say, token for token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from veneer.envs.arithmetic import generate
+from veneer.envs.dataset import Problem, draw
+from veneer.store.files import storage_errors, write_text
+from veneer.types import Message
+
+
+def worked(problem: Problem, backwards: bool = False) -> list[Message]:
+    """Question and answer. ``backwards``: from the last number on, which the bundled base has never seen; otherwise as it does it."""
+    numbers = [int(number) for number in problem.prompt.removesuffix("=?").split("+")][:: -1 if backwards else 1]
+    lines, total = list[str](), numbers[0]
+    for number in numbers[1:]:
+        lines.append(f"{total}+{number}={total + number}")
+        total += number
+    answer: Message = {"role": "assistant", "reasoning_content": "\n".join(lines), "content": problem.answer}
+    return [{"role": "user", "content": problem.prompt}, answer]
+
+
+def write_worked(folder: Path, rows: int, backwards: bool) -> Path:
+    """Training problems with their worked answers, a line each, in a file named by its content.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    problems = (draw(generate, "train", i, "studies/worked") for i in range(rows))
+    text = "".join(json.dumps({"messages": worked(problem, backwards)}) + "\n" for problem in problems)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+    with storage_errors(path):
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+    return path
