@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,14 +81,15 @@ def test_whatever_is_opened_computes_where_the_counter_looks(architecture: str, 
     assert opened.base_bytes == 4 * opened.shape.parameters
 
 
-def test_the_same_shape_runs_through_modules() -> None:
-    """Nothing of it but the activation differs."""
-    plain, modules = Bench().open("nano", "lora"), Bench().open("nano", "lora", as_modules=True)
+@pytest.mark.parametrize("source", ["nano", CONFIGS["llama"]().to_dict()], ids=["nano", "llama"])
+def test_the_same_model_runs_through_modules(source: Any) -> None:
+    """To the weights, and with the same log-probabilities on another way."""
+    plain, modules = Bench().open(source, "lora"), Bench().open(source, "lora", as_modules=True)
     assert (plain.written_out, modules.written_out) == (True, False)
-    assert plain.shape.maps == modules.shape.maps
-    assert plain.shape.parameters == modules.shape.parameters
-    again = Bench().open("nano", "lora", as_modules=True)
-    assert again.engine.base_digest == modules.engine.base_digest
+    assert plain.shape == modules.shape
+    assert plain.engine.base_digest == modules.engine.base_digest
+    one, other = (opened.engine.forward(None, rows(2, 16), "cross_entropy").result().logprobs_D for opened in (plain, modules))
+    np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_random_weights_leave_torch_as_it_was() -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from veneer.assets import resolve_base
 from veneer.engine import compiled
 from veneer.engine.base import Base, load_base
 from veneer.engine.engine import LocalEngine
@@ -129,6 +130,13 @@ def peak_bytes(work: Work) -> int:
 # ---------------------------------------------------------------- engines
 
 
+class _Swish(nn.Module):
+    """SiLU, by its other name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A base in memory, to be measured."""
@@ -149,17 +157,17 @@ class Bench:
     device: str = "cpu"
 
     def open(self, source: str | Mapping[str, Any], weights: Literal["lora", "full"], *, as_modules: bool = False) -> Opened:
-        """``source``: a base by name or folder; or the content of a config.json, whose weights are then random. ``as_modules``: random
-        weights in the base's configuration with GELU in place of SiLU, which is none of the families whose layers are written out.
+        """``source``: a base by name or folder; or the content of a config.json, whose weights are then random. ``as_modules``: its
+        activation has another name, so that the engine takes it for none of the families whose layers it writes out; all else is the same.
 
         Raises:
             BaseError: there is none, or it cannot be run.
         """
         torch.set_num_threads(1)
-        if as_modules:
-            told = AutoConfig.from_pretrained(resolve_base(source)).to_dict() if isinstance(source, str) else source
-            source = {**told, "hidden_act": "gelu"}
         base = load_base(source, self.device) if isinstance(source, str) else self._random(source)
+        for module in [*base.model.modules()] if as_modules else []:
+            if "SiLU" in type(getattr(module, "act_fn", None)).__name__:
+                module.act_fn = _Swish()
         stack = LoraStack(base) if weights == "lora" else FullStack(base)
         thin = isinstance(stack, LoraStack) and stack.thin is not None
         return Opened(

@@ -51,8 +51,7 @@ class Opened(Protocol):
 
 class Bench(Protocol):
     def open(self, source: Source, weights: Literal["lora", "full"], *, as_modules: bool = False) -> Opened:
-        """``as_modules``: random weights in the base's configuration with another activation, so that it runs through transformers'
-        modules.
+        """``as_modules``: the same, but its adapters run through transformers' modules.
 
         Raises:
             BaseError: there is none, or it cannot be run.

@@ -13,11 +13,11 @@ trained on, once with answers of one length and once with answers that end where
 
 Clocks run where an adapter and full fine-tuning take turns, pass by pass, on one thread. The engine runs adapters of the Llama family in
 layers that it writes out itself and full fine-tuning through transformers' modules, so their times say more of the layers than of the
-adapter. What an adapter saves is timed on models of the same shapes with GELU for their activation: their adapters run through
-transformers' modules too, as those of every other family do. Memory is that of the tensors at their peak: the base, the adapter or copy
-with its gradient and moments, and what a pass, or a pass and an optimizer step, make beside them. These are small models on this machine;
-of Qwen3-0.6B at rank 16 prime-rl reports 0.65 to 1.12 times the speed by GPU and length, and 0.41 of the memory (benchmarks/results/
-BENCHMARKS.md of https://github.com/PrimeIntellect-ai/prime-rl).
+adapter. What an adapter saves is timed where it runs through transformers' modules too, as those of every other family do: the same
+models, which the engine is kept from recognising. Memory is that of the tensors at their peak: the base, the adapter or copy with its
+gradient and moments, and what a pass, or a pass and an optimizer step, make beside them. These are small models on this machine; of
+Qwen3-0.6B at rank 16 prime-rl reports 0.65 to 1.12 times the speed by GPU and length, and 0.41 of the memory
+(benchmarks/results/BENCHMARKS.md of https://github.com/PrimeIntellect-ai/prime-rl).
 """
 
 from __future__ import annotations
@@ -298,7 +298,10 @@ def _tables(
 
 
 def _pass_table(counts: Sequence[Counted]) -> list[str]:
-    lines = ["Training passes: FLOPs of products with weights, LoRA over full fine-tuning:", ""]
+    lines = [
+        "Training passes: FLOPs of products with weights, LoRA over full fine-tuning. At rank 1 the engine adds B to the outputs without a"
+    ]
+    lines += ["product of matrices, which is not counted:", ""]
     lines += ["| model | layers | adapters run in | rank | counted | formula | measure/flops.py |", "|---|---|---|---|---|---|---|"]
     for one in counts:
         way, planned = "written-out layers" if one.written_out else "modules", one.planned_lora / one.planned_full
@@ -390,7 +393,7 @@ def _draw_steps(axes: Axes, counts: Sequence[Counted], steps: Sequence[Step]) ->
         for old in (False, True):
             claimed.append(STEPS[old])
             found.append(step.ratio(old))
-            labels.append(f"step, {'even' if step.even else 'ended'}" + ("\n+ old" if old else ""))
+            labels.append(f"step,\n{'even' if step.even else 'ended'}" + (",\ntwice" if old else ""))
     places = range(len(labels))
     axes.bar([at - 0.2 for at in places], claimed, 0.38, color="#bbbbbb", label="claimed")
     axes.bar([at + 0.2 for at in places], found, 0.38, color="#0066cc", label=f"counted, {thin.subject}, rank {thin.rank}")

@@ -51,7 +51,7 @@ ENV, GROUPS, SIZE, MAX_TOKENS = "arithmetic", 8, 8, 72
 """Of a step whose answers end where the model ends them."""
 EVEN = 32
 """Tokens of every answer of the other step."""
-REPEATS = 10
+REPEATS = 20
 """Rounds of the clocks, a seed."""
 NAME = "measured"
 
