@@ -122,8 +122,10 @@ def test_what_cannot_be_compared_costs_one_line(veneer: Veneer, home: Path, one:
 
 def test_a_neighbour_that_is_gone_or_broken_takes_nothing_along(veneer: Veneer, home: Path) -> None:
     """A forgotten adapter and a damaged folder are no other seeds, and the run ends as well without them."""
+    train(veneer, home, home.parent / "files/small.toml", "kept", "--set=seed=7")
     assert veneer(home, "adapters", "forget", "second").code == 0
     (home / "runs/again/config.toml").write_text("seed = ")
     assert veneer(home, "adapters", "forget", "first").code == 0
     found = train(veneer, home, home.parent / "files/small.toml", "fourth", "--set=seed=3")
-    assert [one["adapter"] for one in found["anatomy"]["other_seeds"]] == ["third@1"]
+    others = {one["adapter"] for one in found["anatomy"]["other_seeds"]}
+    assert others - {"third@1"} == {"kept@1"}  # the third is there if its test ran here

@@ -31,7 +31,7 @@ from tiny_models import SMALL
 from veneer.engine import Base, LocalEngine, LoraEngine, load_base
 from veneer.engine import prefixes as prefixes_module
 from veneer.engine.attention import Ragged, Row, Score
-from veneer.engine.prefixes import BLOCK, grain, grains_hold
+from veneer.engine.prefixes import BLOCK, grain, longest_sum
 from veneer.types import AdamParams, AdapterError, LoraConfig, Sample, SamplingParams, Switch
 
 RANKS = {"x": 4, "y": 1, "z": 24}
@@ -220,27 +220,28 @@ def test_one_text_at_all_lengths_changes_no_bit(kind: str, name: str | None) -> 
 @pytest.mark.parametrize("dim", [8, 16, 32, 64, 128])
 def test_rows_of_one_grain_have_the_same_bits(dim: int) -> None:
     """Every multiple of 32 up to 1,400, with what is padded too, where the engine itself tries out some."""
-    assert grains_hold(dim, 2048)
+    longest = longest_sum(dim, 2048)
+    assert longest is not None
     q, k, v = (torch.randn(1400, heads, dim, generator=torch.Generator().manual_seed(heads)) for heads in (2, 1, 1))
     first: dict[tuple, torch.Tensor] = {}
     for n in sorted({*range(32, 1401, 96), 31, 100, 190, 191, 300, 450, 500, 767, 769, 1281}):
         out = Ragged([Row(0, n)], q.device, None).attend(q[:n], k[:n], v[:n], Score(0, 0.2))
         for start in range(0, n - BLOCK + 1, BLOCK):
             here = out[start : start + BLOCK]
-            assert torch.equal(first.setdefault((start, grain(n, start + BLOCK, None)), here), here), (n, start)
+            assert torch.equal(first.setdefault((start, grain(n, start + BLOCK, None, longest)), here), here), (n, start)
 
 
 def test_a_machine_whose_kernels_cut_sums_otherwise_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower is better than other numbers."""
-    monkeypatch.setattr(prefixes_module, "SUM", 1024)  # as if longer sums were one piece
-    grains_hold.cache_clear()
+    monkeypatch.setattr(prefixes_module, "SUMS", (1024,))  # as if longer sums were one piece
+    longest_sum.cache_clear()
     try:
-        assert not grains_hold(16, 2048)
+        assert longest_sum(16, 2048) is None
         engine, ids = engine_of("qwen3"), prompt(60)
         ask(engine, ids).result()
         assert cached(ask(engine, ids).result()) == 0
     finally:
-        grains_hold.cache_clear()
+        longest_sum.cache_clear()
 
 
 def test_two_threads_find_what_either_read() -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# MKL with fixed block sizes: otherwise, on an AMD EPYC, a row's bits depend on its company where widths are odd. It is read at the first
+# product (https://www.intel.com/content/www/us/en/docs/onemkl/developer-guide-macos/2024-0/specifying-code-branches.html).
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 import torch
 
 from veneer.engine.base import Base, default_device, load_base

@@ -28,28 +28,35 @@ BLOCK = 16
 """Tokens."""
 KEPT = 2**26
 """Bytes."""
-KEYS_AT_ONCE, SUM = 512, 256
-"""The CPU's attention kernel takes so many keys of a row at a time; a product over more than ``SUM`` of them adds up in two halves."""
+KEYS_AT_ONCE = 512
+"""The CPU's attention kernel takes so many keys of a row at a time."""
+SUMS = (256, 128)
+"""A product over more than so many of them adds up in two halves: on an Intel Xeon, and on an AMD EPYC."""
 
 Key = tuple[object, ...]
 
 
-def grain(length: int, stop: int, window: int | None) -> Key:
+def grain(length: int, stop: int, window: int | None, longest: int) -> Key:
     """In which pieces attention at the positions before ``stop`` is computed in a row of this length: how many queries at a time, and
-    over how many keys where a sum is cut by their number. Zeros behind the last key that is seen change nothing else."""
+    over how many keys where a sum is cut by their number, as those over more than ``longest`` are. Zeros behind the last key that is
+    seen change nothing else."""
     row = padded(length)
     if window is not None and row > window:
         return "masked", row
     step = next(step for below, step in STEPS if row < below)
     rest = row % KEYS_AT_ONCE
-    cut = rest > SUM and stop > row - rest + rest // 2
+    cut = rest > longest and stop > row - rest + rest // 2
     return "causal", step, rest if cut else 0
 
 
 @cache
-def grains_hold(dim: int, context: int) -> bool:
-    """Whether rows of one grain have the same bits on this machine, tried out on random rows of each: its kernels may cut their sums
-    in other ways."""
+def longest_sum(dim: int, context: int) -> int | None:
+    """The longest of SUMS with which rows of one grain have the same bits on this machine; None: its kernels cut their sums otherwise."""
+    return next((longest for longest in SUMS if grains_hold(dim, context, longest)), None)
+
+
+def grains_hold(dim: int, context: int, longest: int) -> bool:
+    """Whether rows of one grain have the same bits on this machine, tried out on random rows of each."""
     lengths = [n for n in (*range(32, 192, 32), *range(192, 768, 64), *range(768, 1793, 256)) if n <= context]
     q, k, v = (torch.randn(max(lengths, default=1), 1, dim, generator=torch.Generator().manual_seed(i)) for i in range(3))
     first: dict[Key, torch.Tensor] = {}
@@ -57,7 +64,7 @@ def grains_hold(dim: int, context: int) -> bool:
         out = Ragged([Row(0, n)], q.device, None).attend(q[:n], k[:n], v[:n], Score(0, dim**-0.5))
         for start in range(0, n, BLOCK):
             here = out[start : start + BLOCK]
-            if not torch.equal(first.setdefault((start, grain(n, start + BLOCK, None)), here), here):
+            if not torch.equal(first.setdefault((start, grain(n, start + BLOCK, None, longest)), here), here):
                 return False
     return True
 
@@ -87,20 +94,24 @@ class Prefixes:
 
     def recall(self, request: SampleRequest, bank: Bank, slot: int) -> int:
         """Copy what is there of a prompt to a slot; how many of its tokens that is. The last one is always left to be read."""
+        longest = self._longest(self.bank)
+        if longest is None:
+            return 0
         with self._lock:
-            found = self._find(request)[: (len(request.prompt) - 1) // BLOCK]
+            found = self._find(request, longest)[: (len(request.prompt) - 1) // BLOCK]
             self._touch(found)
             copy_positions(self.bank, _places(found), bank, _in_row(slot, range(len(found))), BLOCK)
         return len(found) * BLOCK
 
     def keep(self, request: SampleRequest, bank: Bank, slot: int) -> None:
         """Take over a prompt that was read to a slot, as far as it fills blocks."""
-        if len(request.prompt) < BLOCK or not grains_hold(next(iter(bank.keys.values())).shape[-1], self.base.context_length):
+        longest = self._longest(bank)
+        if len(request.prompt) < BLOCK or longest is None:
             return
         with self._lock:
-            chain = self._find(request)
+            chain = self._find(request, longest)
             self._touch(chain)  # so that what makes room is not its own beginning
-            known, parts = len(chain), list(self._parts(request))[len(chain) : self.most]
+            known, parts = len(chain), list(self._parts(request, longest))[len(chain) : self.most]
             slots = self._claim(len(parts))
             if not slots:
                 return
@@ -120,19 +131,24 @@ class Prefixes:
             for block in [block for block in self._blocks.values() if digest in block.digests]:
                 self._forget(block)
 
-    def _parts(self, request: SampleRequest) -> Iterator[tuple[Any, ...]]:
+    def _longest(self, bank: Bank) -> int | None:
+        """Of a bank's keys; None: it has none yet, or cannot be shared."""
+        keys = next(iter(bank.keys.values()), None)
+        return None if keys is None else longest_sum(keys.shape[-1], self.base.context_length)
+
+    def _parts(self, request: SampleRequest, longest: int) -> Iterator[tuple[Any, ...]]:
         """What tells the blocks of a prompt from others, beside their parents: grain, tokens, and the digests by place within them."""
         length, tokens, spans = len(request.prompt), request.prompt.tobytes(), request.spans
         width = request.prompt.itemsize
         for start in range(0, length - BLOCK + 1, BLOCK):
             stop = start + BLOCK
             weights = tuple((max(span.start - start, 0), span.digest) for span in spans if span.start < stop and start < span.stop)
-            yield grain(length, stop, self.base.window), tokens[start * width : stop * width], weights
+            yield grain(length, stop, self.base.window, longest), tokens[start * width : stop * width], weights
 
-    def _find(self, request: SampleRequest) -> list[_Block]:
+    def _find(self, request: SampleRequest, longest: int) -> list[_Block]:
         """The blocks of a prompt that are there, from its beginning on."""
         found: list[_Block] = []
-        for part in self._parts(request):
+        for part in self._parts(request, longest):
             block = self._blocks.get((found[-1].serial if found else None, *part))
             if block is None:
                 break
