@@ -3,7 +3,8 @@
     make narrow rates     # a base half as wide as nano, pretrained in half an hour, and then this
 
 On every base full fine-tuning and an adapter of the rank that is planned try a grid of learning rates on a few seeds. The plan is asked
-twice: with the best rate of full fine-tuning, and by its range test, each seed anew, the base under a name that the plan does not know.
+with the best rate of full fine-tuning, and by its range test on each seed alone and on all of them, the base under a name that it does not
+know.
 Runs are kept in $VENEER_HOME/studies, so what was interrupted goes on.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,8 @@ import numpy as np
 from pages import ROOT, machine, veneer, write_section
 from veneer.assets import resolve_base
 from veneer.cli.assemble import start
+from veneer.engine.shapes import count_shape
+from veneer.measure.plan.rate import first_step_ratio
 from veneer.measure.verdict import t_interval
 from veneer.store.files import veneer_home
 from veneer.studies.contest import Arm, Sweep, sweep_all
@@ -32,6 +34,7 @@ from veneer.studies.learning_rate import best_rates
 from veneer.studies.rank import SHARED
 from veneer.train.config import RunConfig
 from veneer.train.session import stop_signals
+from veneer.types import LoraConfig
 
 RANK, FACTOR = 8, 1.6
 POINTS = {"nano": 5, "": 7}
@@ -58,6 +61,12 @@ class Optimum:
 
 def optimum(sweep: Sweep) -> Optimum:
     logs = t_interval(np.log2(best_rates(sweep)))
+    return Optimum(2**logs.value, 2**logs.low, 2**logs.high)
+
+
+def ratio(sweeps: Mapping[str, Sweep]) -> Optimum:
+    """Of the adapter's best rate to that of full fine-tuning, seed by seed."""
+    logs = t_interval(np.log2(best_rates(sweeps["adapter"])) - np.log2(best_rates(sweeps["full"])))
     return Optimum(2**logs.value, 2**logs.low, 2**logs.high)
 
 
@@ -102,8 +111,10 @@ def planned(base: str, full: float, tests: int) -> dict[str, list[Mapping[str, A
     """What the plan says, by how it was asked."""
     task = ("--env", SHARED["env"]["name"], "--problems", 64)
     plan = [learning_rate(veneer(veneer_home(), "plan", base, *task, "--full-lr", full))]
-    tested = [learning_rate(veneer(veneer_home(), "plan", unnamed(base), *task, "--range-test", "--seed", seed)) for seed in range(tests)]
-    return {"`--full-lr`": plan, "`--range-test`": tested}
+    test = ("plan", unnamed(base), *task, "--range-test")
+    alone = [learning_rate(veneer(veneer_home(), *test, "--range-seeds", 1, "--seed", seed)) for seed in range(tests)]
+    together = [learning_rate(veneer(veneer_home(), *test, "--range-seeds", tests))]
+    return {"`--full-lr`": plan, "`--range-test --range-seeds 1`": alone, f"`--range-test --range-seeds {tests}`": together}
 
 
 # ---------------------------------------------------------------- what is told
@@ -127,6 +138,9 @@ def section(found: Mapping[str, Mapping[str, Any]], terms: str) -> str:
             edge = f", {sweep.edge} tried" if sweep.edge else ""
             cells = (base, f"{one['before']:.3f}", arm, f"{optimum(sweep)}{edge}", f"{near[0]:.2g} to {near[-1]:.2g}")
             lines.append(f"| {' | '.join(cells)} | {sweep.means[sweep.best]:.3f} | {tried} |")
+    lines += ["", "| base | the adapter's best rate over that of full fine-tuning | with equal first steps |", "|---|---|---|"]
+    for base, one in found.items():
+        lines.append(f"| {base} | {ratio(one['sweeps'])} | {one['equal']:.2f} |")
     lines += ["", "| base | asked with | planned | times the best | within the goal | costs |", "|---|---|---|---|---|---|"]
     for base, one in found.items():
         best, sweep = optimum(one["sweeps"]["adapter"]), one["sweeps"]["adapter"]
@@ -154,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", action="append", required=True, help="nano, or a folder; repeatable")
     parser.add_argument("--seeds", type=int, default=3, help="of sweeps")
-    parser.add_argument("--tests", type=int, default=3, help="range tests of a base, each on a seed of its own")
+    parser.add_argument("--tests", type=int, default=3, help="seeds of range tests, alone and together")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
@@ -171,9 +185,13 @@ def main() -> None:
         with stop_signals(lab.stop):
             sweeps = asyncio.run(swept(lab, base, args.seeds))
         before = statistics.fmean(outcome.score_before for outcomes in sweeps["adapter"].tried.values() for outcome in outcomes)
-        shape = json.loads((Path(resolve_base(base)) / "config.json").read_text())
-        name = f"{Path(base).name}, {shape['hidden_size']} wide"
-        found[name] = {"sweeps": sweeps, "before": before, "plans": planned(base, optimum(sweeps["full"]).value, args.tests)}
+        shape = count_shape(base)
+        found[f"{shape.name}, {shape.hidden} wide"] = {
+            "sweeps": sweeps,
+            "before": before,
+            "equal": first_step_ratio(shape.adapted(LoraConfig(RANK))),
+            "plans": planned(base, optimum(sweeps["full"]).value, args.tests),
+        }
     work = SHARED["rl"]
     terms = f"{work['steps']} steps of {work['groups_per_batch'] * work['group_size']} episodes of `{SHARED['env']['name']}`"
     terms += f", {SHARED['eval']['problems']} held-out problems, {args.seeds} seeds"

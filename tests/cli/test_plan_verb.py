@@ -61,7 +61,7 @@ def test_a_file_of_demonstrations_is_planned_and_trained(veneer: Veneer, home: P
 
 
 def test_a_range_test_runs(veneer: Veneer, home: Path, tmp_path: Path) -> None:
-    """Five rates for a few steps of two short episodes, kept like a study's runs. Nothing can be learned from so few, and it says so."""
+    """Five rates on two seeds for a few steps of two short episodes, kept like a study's: nothing is learned, and it says so."""
     options = (
         "--env",
         "sort",
@@ -76,15 +76,18 @@ def test_a_range_test_runs(veneer: Veneer, home: Path, tmp_path: Path) -> None:
         "--range-test",
         "--range-steps",
         2,
+        "--range-seeds",
+        2,
         "--json",
     )
     done = veneer(home, "plan", "nano", *options, cwd=tmp_path)
     assert done.code == 0, done.err
-    assert done.err.count("range test") == 5
+    assert done.err.count("range test") == 10
     rate = figures(done.document)["learning rate"]
     assert (rate["value"], rate["note"]) == (None, "no rate improved on the base: an easier task, or demonstrations first")
     assert "2 steps each" in rate["source"]
-    assert len(list((home / "studies" / "runs").iterdir())) == 5
+    assert "2 seeds" in rate["source"]
+    assert len(list((home / "studies" / "runs").iterdir())) == 10
 
 
 def test_a_person_reads_it(veneer: Veneer, home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def test_rates_that_cannot_be_told_apart_are_in_the_range() -> None:
     found = choose(ends(0.3, 0.79, 0.8, 0.6, None))
     assert (found.low, found.high) == (0.375e-3, 3e-3)
     assert choose(ends(0.3, 0.77, 0.8, 0.6, None)).low == 0.75e-3
+    several = [dataclasses.replace(one, problems=3 * one.problems) for one in ends(0.3, 0.78, 0.8, 0.6, None)]
+    assert choose(several).low == 0.75e-3  # which 768 problems do tell apart
 
 
 def test_an_edge_is_told() -> None:

@@ -61,6 +61,9 @@ ADAPTER: tuple[Option, ...] = (
         "--range-test", is_flag=True, help="Try five to ten rates on the task for a few steps, some minutes on nano: an estimate."
     ),
     click.option("--range-steps", type=click.IntRange(1), default=32, show_default=True),
+    click.option(
+        "--range-seeds", type=click.IntRange(1), default=3, show_default=True, help="On which each rate is tried, from --seed on."
+    ),
     click.option("--from", "library", metavar="LIBRARY", help="Whose rule of alpha and rank --lr belongs to: trl, verl, ..."),
     click.option("--from-rank", type=click.IntRange(1), help="There, if not its default."),
     click.option("--from-alpha", type=click.FloatRange(0, min_open=True), help="There, if not its default."),
@@ -253,7 +256,7 @@ def _range_test(model: str, plan: Plan, options: Mapping[str, Any]) -> Figure:
 
     if plan.wish.kind != "rl" or options["env"] is None or not _has_weights(model):
         raise ConfigError("--range-test: it trains on a task; name one with --env, and give a MODEL whose weights are here")
-    known = plan.figure("learning rate")
+    known, seeds = plan.figure("learning rate"), options["range_seeds"]
     guessed = plan.wish.rate is None and (known.low is None or known.high is None or known.high > RUNG * known.low)
     config = make_config(_run(model, plan, options, known.value or 0.0))
 
@@ -266,10 +269,10 @@ def _range_test(model: str, plan: Plan, options: Mapping[str, Any]) -> Figure:
 
     lab = Lab(veneer_home() / "studies" / "runs", open_place, default_device(), told=told)
     with stop_signals(lab.stop):
-        found = asyncio.run(find_rate(lab, config, None if guessed else known.value, options["range_steps"]))
+        found = asyncio.run(find_rate(lab, config, None if guessed else known.value, options["range_steps"], seeds))
     ends = ", ".join(f"{one.rate:.2g}: {'diverged' if one.diverged else f'{one.after:.3f}'}" for one in found.tried)
     formula = f"the vertex of the parabola through the rate that ends best and its neighbours ({found.tried[0].before:.3f} before; {ends})"
-    source = f"measured: {options['range_steps']} steps each, {PROBLEMS} held-out problems, one seed"
+    source = f"measured: {options['range_steps']} steps each, {PROBLEMS} held-out problems, {seeds} seed{'s' * (seeds > 1)}"
     note = "an estimate: short runs bear larger rates than long ones" + (f"; {found.edge}: it may lie further out" if found.edge else "")
     if found.value is None:
         note = "no rate improved on the base: an easier task, or demonstrations first"
