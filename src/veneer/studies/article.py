@@ -63,8 +63,7 @@ SECTIONS: Sequence[Section] = (
             Sentence("Even at rank one it learns what full fine-tuning learns.", {"rank": "beside full|noise floor"}),
             Sentence(
                 "Where much must be memorised it falls behind.",
-                {},
-                "supervised training on more bits than the adapter has parameters",
+                {"capacity": ""},
             ),
         ),
     ),
