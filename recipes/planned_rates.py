@@ -122,10 +122,11 @@ def planned(base: str, full: float, tests: int) -> dict[str, list[Mapping[str, A
 
 def section(found: Mapping[str, Mapping[str, Any]], terms: str) -> str:
     lines = [
-        f"Written by `make rates`: {terms}. *Best* is the geometric mean over seeds of the vertex of each one's parabola through its",
-        "best rate and the two beside it, with Student's 95% interval; *near* are the rates of the grid whose mean reward on held-out",
-        f"problems is within {NEAR} of the best one's. A planned rate is to lie within a factor of {GOAL} of the best; *costs* is how much",
-        "less reward the sweep has there.",
+        f"Written by `make rates`: {terms}.",
+        "*Best* is the geometric mean over seeds of the vertex of each one's parabola through its best rate and the two beside it, with",
+        "Student's 95% interval; *near* are the rates of the grid whose mean reward on held-out problems is within "
+        f"{NEAR} of the best one's. A",
+        f"planned rate is to lie within a factor of {GOAL} of the best; *costs* is how much less reward the sweep has there.",
         "",
         "| base | pass rate | arm | best rate | near | reward there | tried |",
         "|---|---|---|---|---|---|---|",
