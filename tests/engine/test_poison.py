@@ -56,6 +56,15 @@ def bits(future) -> list[tuple]:
     return [(s.tokens.tolist(), s.logprobs.tobytes(), s.stop_reason) for s in future.result()]
 
 
+def near(found: list[list[tuple]], wanted: list[list[tuple]]) -> bool:
+    """The same tokens, and log-probabilities within 1e-5."""
+    return all(
+        (a[0], a[2]) == (b[0], b[2]) and np.allclose(np.frombuffer(a[1], np.float32), np.frombuffer(b[1], np.float32), rtol=0, atol=1e-5)
+        for one, other in zip(found, wanted, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
 BAD = {
     "thin": (LoraConfig(rank=4), 1e30, ""),
     "thick": (LoraConfig(rank=20, train_attn=False), 1e30, ""),
@@ -91,7 +100,8 @@ def test_a_poisoned_neighbour_fails_alone(poison: str, kind: str, steps: int) ->
         if wanted is None:
             assert all(np.isfinite(s.logprobs).all() for future in futures for s in future.result())
         else:
-            assert found == wanted + wanted
+            # on two threads a processor may add up by the number of rows (docs/architecture.md): an AMD EPYC does
+            assert near(found, wanted + wanted) if kind == "two-threads" else found == wanted + wanted
         for future in bad:
             with pytest.raises(RunError, match="adapter 'bad' gives log-probabilities that are not finite") as caught:
                 future.result()
