@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from veneer.engine.flat import TILE, Flat
 from veneer.engine.fused import FusedModel
 from veneer.engine.rows import Rows
 from veneer.engine.thin import RowWise, ThinAdapters
-from veneer.engine.update import Active, Adapted, Output, Part, Updates
+from veneer.engine.update import Active, Adapted, Output, Part, Updates, wide_rows
 from veneer.types import AdapterError, LoraConfig
 
 T = TypeVar("T")
@@ -147,7 +147,8 @@ class LoraStack:
         for name, linear in zip(names, targets, strict=True):  # all As, then all Bs: those of joined maps lie together
             layout[name] = (at_a, at_b)
             at_a, at_b = at_a + config.rank * linear.in_features, at_b + config.rank * linear.out_features
-        size = at_b + max(linear.in_features for linear in targets)  # so that ``Part.wide`` ends within the row
+        behind = [(wide_rows(ranks) - ranks) * d_in for d_in, ranks in self._products_of(names, config.rank)]
+        size = at_b + max(*behind, *(linear.in_features for linear in targets))  # so that ``Part.wide`` ends within the row
         slot = self.rows.claim(size)
         self._forget()
         self.configs[slot], self.layouts[slot] = config, layout
@@ -158,6 +159,12 @@ class LoraStack:
             bound = 1 / math.sqrt(self.linears[name].in_features)
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
         return slot
+
+    def _products_of(self, names: Collection[str], rank: int) -> Iterator[tuple[int, int]]:
+        """Of every product that an adapter of these linear maps takes part in: its input's width, and the adapter's ranks there."""
+        for joined in self.products:
+            if mine := [name for name in joined if name in names]:
+                yield self.linears[mine[0]].in_features, rank * len(mine)
 
     def remove(self, slot: int) -> None:
         del self.configs[slot], self.layouts[slot]
@@ -281,7 +288,7 @@ class LoraStack:
             if outputs:
                 first, d_in = next(name for name in names if name in views), self.linears[names[0]].in_features
                 begin = self.layouts[slot][first][0]
-                wide = row[..., begin : begin + max(at, 2) * d_in].unflatten(-1, (max(at, 2), d_in))
+                wide = row[..., begin : begin + wide_rows(at) * d_in].unflatten(-1, (wide_rows(at), d_in))
                 grad_a = None if grads is None else grads[begin : begin + at * d_in].view(at, d_in)
                 parts[names[0]] = Part(wide[..., :at, :], wide, outputs, config.alpha / config.rank, grad_a)
         return parts
