@@ -12,8 +12,6 @@ whole answers, so never more than the facts have, and a lower bound. The score i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import statistics
@@ -25,9 +23,9 @@ from typing import Any, cast
 
 from veneer.measure.verdict import t_interval
 from veneer.store.adapters import read_adapter
-from veneer.store.files import storage_errors, write_text
 from veneer.studies.contest import Arm, Contest, Entrant, Terms, hold_contest, overridden
 from veneer.studies.contest_page import COLOURS, contest_result
+from veneer.studies.demonstrations import write_rows
 from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, Lab, Outcome
 from veneer.studies.result import Finding, Result, joined
@@ -72,13 +70,7 @@ def write_facts(folder: Path, facts: int, seed: int) -> Path:
     """
     rng = random.Random(f"facts {facts} {seed}")
     rows = [{"prompt": f"{key:03d}", "completion": "".join(rng.choices("0123456789", k=DIGITS))} for key in rng.sample(range(1000), facts)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-    with storage_errors(path):
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-    return path
+    return write_rows(folder, rows)
 
 
 # ---------------------------------------------------------------- what is stored

@@ -7,7 +7,7 @@ its answer is. Nothing is passed on: what a token earns is its own feedback, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,6 +91,3 @@ def _by_place(group: Sequence[Judged]) -> dict[Place, list[float]]:
         for place, reward in dict(zip(one.places_T, one.rewards_T, strict=True)).items():
             told.setdefault(place, []).append(reward)
     return told
-
-
-Judge = Callable[[Case], Judged]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 from veneer.envs.arithmetic import generate
 from veneer.envs.dataset import Problem, draw
-from veneer.store.files import storage_errors, write_text
+from veneer.studies.demonstrations import write_rows
 from veneer.types import Message
 
 
@@ -30,10 +28,4 @@ def write_worked(folder: Path, rows: int, backwards: bool) -> Path:
         StorageError: it cannot be written.
     """
     problems = (draw(generate, "train", i, "studies/worked") for i in range(rows))
-    text = "".join(json.dumps({"messages": worked(problem, backwards)}) + "\n" for problem in problems)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-    with storage_errors(path):
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-    return path
+    return write_rows(folder, [{"messages": worked(problem, backwards)} for problem in problems])

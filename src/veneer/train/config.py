@@ -58,7 +58,7 @@ class RlSettings(Settings):
     max_tokens: int = Field(default=72, ge=1)
     """Length limit of one turn."""
     learning_rate: float = Field(default=1.5e-3, ge=0)
-    """Constant. About ten times that of full fine-tuning."""
+    """Constant. About ten times that of full fine-tuning, less in narrow models: ``veneer plan`` says."""
     grad_clip_norm: float = Field(default=0.0, ge=0)
     """0 is off."""
     advantage: str = "group_mean"
