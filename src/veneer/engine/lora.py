@@ -147,7 +147,7 @@ class LoraStack:
         for name, linear in zip(names, targets, strict=True):  # all As, then all Bs: those of joined maps lie together
             layout[name] = (at_a, at_b)
             at_a, at_b = at_a + config.rank * linear.in_features, at_b + config.rank * linear.out_features
-        behind = [(wide_rows(ranks) - ranks) * d_in for d_in, ranks in self._products_of(names, config.rank)]
+        behind = [(wide_rows(ranks, shared=True) - ranks) * d_in for d_in, ranks in self._products_of(names, config.rank)]
         size = at_b + max(*behind, *(linear.in_features for linear in targets))  # so that ``Part.wide`` ends within the row
         slot = self.rows.claim(size)
         self._forget()
@@ -288,7 +288,8 @@ class LoraStack:
             if outputs:
                 first, d_in = next(name for name in names if name in views), self.linears[names[0]].in_features
                 begin = self.layouts[slot][first][0]
-                wide = row[..., begin : begin + wide_rows(at) * d_in].unflatten(-1, (wide_rows(at), d_in))
+                rows = wide_rows(at, shared=grads is None)
+                wide = row[..., begin : begin + rows * d_in].unflatten(-1, (rows, d_in))
                 grad_a = None if grads is None else grads[begin : begin + at * d_in].view(at, d_in)
                 parts[names[0]] = Part(wide[..., :at, :], wide, outputs, config.alpha / config.rank, grad_a)
         return parts

@@ -40,10 +40,10 @@ class Part:
     grad_a: Tensor | None = None
 
 
-def wide_rows(ranks: int) -> int:
+def wide_rows(ranks: int, *, shared: bool) -> int:
     """How many columns a product with ``a`` is given, so that a row's bits do not depend on the other rows: with one column they do, and on
-    two threads of an AMD EPYC with 17 to 23 of them."""
-    return 2 if ranks == 1 else 24 if 16 < ranks < 24 else ranks
+    two threads of an AMD EPYC with 17 to 23 of them. ``shared``: it may run on several threads, as in sampling."""
+    return 24 if shared and 16 < ranks < 24 else max(ranks, 2)
 
 
 class Updates(Protocol):
