@@ -34,10 +34,24 @@ class Comparison:
     is decided, or would need more than MOST_SEEDS."""
 
     def __str__(self) -> str:
-        text = f"{self.verdict} ({self.difference}, margin {self.margin:g}, {self.seeds} seeds)"
-        if self.verdict != "undecided":
-            return text
-        return f"{text}; {self.seeds_needed or f'more than {MOST_SEEDS}'} seeds would do"
+        return f"{self.verdict} ({self._difference}){self._wanted}"
+
+    @property
+    def numbers(self) -> str:
+        """The same without the verdict, for beside another word for it."""
+        return f"{self._difference}{self._wanted}"
+
+    def said(self, better: str, worse: str) -> str:
+        """The verdict where more is neither better nor worse."""
+        return {"better": better, "worse": worse}.get(self.verdict, self.verdict)
+
+    @property
+    def _difference(self) -> str:
+        return f"{self.difference}, margin {self.margin:g}, {self.seeds} seeds"
+
+    @property
+    def _wanted(self) -> str:
+        return f"; {self.seeds_needed or f'more than {MOST_SEEDS}'} seeds would do" if self.verdict == "undecided" else ""
 
 
 def compare_seeds(arm: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray, margin: float) -> Comparison:

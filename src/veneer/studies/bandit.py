@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from veneer.measure.bits import advantage_bits, corrected_bits, entropy_bits, expected_reward_bits, reward_bits
-from veneer.measure.verdict import Verdict, compare_seeds, t_interval
+from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import CHOICE, Terms
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -257,12 +257,12 @@ def _of_reinforce(learned: Mapping[Fraction, Learned]) -> list[Finding]:
         ),
         Finding(
             "REINFORCE solves it in log2 K / H(p) episodes (their number over those that it takes)",
-            _word(compare_seeds(solved[half], [1.0] * len(solved[half]), EPISODES_MARGIN).verdict),
+            compare_seeds(solved[half], [1.0] * len(solved[half]), EPISODES_MARGIN).said("higher", "lower"),
             f"{_share(solved[half])} at p = 0.5; {_means(solved)}; {fewest:.0%} or more solve it in time; margin {EPISODES_MARGIN:g}",
         ),
         Finding(
             "bits by the measure of real runs, for each bit that REINFORCE's episodes tell until it has solved it",
-            _word(compare_seeds(printed[half], [1.0] * len(printed[half]), TOLERANCE).verdict),
+            compare_seeds(printed[half], [1.0] * len(printed[half]), TOLERANCE).said("higher", "lower"),
             f"{_share(printed[half])} at p = 0.5; {_means(printed)}; margin {TOLERANCE:g}",
         ),
     ]
@@ -280,7 +280,7 @@ def _of_the_measure(measured: Measured) -> list[Finding]:
         numbers = f"{_share(half)} of it at p = 0.5; " + ", ".join(f"{shares[p].mean():.3f} at {float(p):g}" for p in others)
         enough = [size for size in SIZES if abs(measured[MEASURED[0], size][name].mean() - 1) <= TOLERANCE]
         numbers += f"; within {TOLERANCE:g} at p = 0.5 from groups of {min(enough)} on" if enough else ""
-        verdict = _word(compare_seeds(half, [1.0] * len(half), TOLERANCE).verdict)
+        verdict = compare_seeds(half, [1.0] * len(half), TOLERANCE).said("higher", "lower")
         findings.append(Finding(f"{name} of groups of {GROUP} is the entropy of their rewards", verdict, numbers))
     return findings
 
@@ -293,10 +293,6 @@ def _same(ratios: Mapping[Any, Numbers], margin: float) -> tuple[str, str]:
     verdict = "differs" if verdicts & {"better", "worse"} else "undecided" if "undecided" in verdicts else "equal"
     where = ", groups of ".join(f"{float(part):g}" for part in (worst if isinstance(worst, tuple) else (worst,)))
     return verdict, f"furthest off at p = {where}: {_share(ratios[worst])} of it; margin {margin:g}"
-
-
-def _word(verdict: Verdict) -> str:
-    return {"better": "higher", "worse": "lower"}.get(verdict, verdict)
 
 
 def _share(values: Numbers) -> str:

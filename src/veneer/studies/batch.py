@@ -61,8 +61,8 @@ def _trends(contests: Mapping[str, Contest]) -> list[Finding]:
     found = []
     for arm in first:
         comparison = compare_seeds(last[arm], first[arm], MARGIN)
-        word = {"worse": "grows", "better": "shrinks"}.get(comparison.verdict, comparison.verdict)
-        found.append(Finding(f"{arm}: what it lacks beside full fine-tuning, in {names[-1]} beside {names[0]}", word, str(comparison)))
+        asked = f"{arm}: what it lacks beside full fine-tuning, in {names[-1]} beside {names[0]}"
+        found.append(Finding(asked, comparison.said("shrinks", "grows"), comparison.numbers))
     return found
 
 

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.measure.verdict import Verdict, compare_seeds, t_interval
+from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import Terms
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -253,7 +253,7 @@ def _of_clocks(counts: Sequence[Counted], clocks: Sequence[Clocked]) -> list[Fin
             findings.append(
                 Finding(
                     f"{one.subject}, {_way(one)}: at rank 1 {what} takes two thirds of full fine-tuning's time",
-                    _word(compare_seeds(ratios, [THIRD] * len(ratios), TIME_MARGIN).verdict),
+                    compare_seeds(ratios, [THIRD] * len(ratios), TIME_MARGIN).said("higher", "lower"),
                     f"{_share(ratios)} of it, {1 / mean.value:.2f} times as fast, at {flops[one.subject, 1]:.3f} of the FLOPs of a pass; "
                     f"margin {TIME_MARGIN:g}",
                 )
@@ -272,10 +272,6 @@ def _of_weights(weights: Sequence[Weighed]) -> list[Finding]:
         for one in weights
         if one.rank == 1
     ]
-
-
-def _word(verdict: Verdict) -> str:
-    return {"better": "higher", "worse": "lower"}.get(verdict, verdict)
 
 
 def _share(values: Sequence[float]) -> str:

@@ -83,14 +83,14 @@ def curves_result(curves: Mapping[int, np.ndarray]) -> Result:
         if rank != REFERENCE:
             found = compare_seeds(drops[rank] / typical, drops[REFERENCE] / typical, DROP_MARGIN)
             asked = f"what the first step takes off the held-out loss: rank {rank} beside rank {REFERENCE}, as a share of the latter"
-            findings.append(Finding(asked, {"better": "more", "worse": "less"}.get(found.verdict, found.verdict), str(found)))
+            findings.append(Finding(asked, found.said("more", "less"), found.numbers))
     last = {rank: curve[:, -1] for rank, curve in curves.items()}
     scale = float(last[REFERENCE].mean())
     for rank in curves:
         if rank != REFERENCE:
             found = compare_seeds(last[rank] / scale, last[REFERENCE] / scale, LOSS_MARGIN)
             asked = f"held-out loss behind {curves[rank].shape[1] - 1} steps: rank {rank} beside rank {REFERENCE}, as a share of the latter"
-            findings.append(Finding(asked, {"better": "higher", "worse": "lower"}.get(found.verdict, found.verdict), str(found)))
+            findings.append(Finding(asked, found.said("higher", "lower"), found.numbers))
     findings.append(_scatter(drops, typical))
     document = {"curves": {str(rank): curve.tolist() for rank, curve in curves.items()}}
     return Result(findings, _tables(curves), document, lambda path: _draw(curves, path))

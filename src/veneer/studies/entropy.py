@@ -112,10 +112,9 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
     shares = t_interval([curve.whole.r2 for curve in curves])
     verdict = "yes" if shares.low >= WANTED else "no" if shares.high < WANTED else "undecided"
     foretold = compare_seeds([curve.foretold for curve in curves], [curve.end for curve in curves], MARGIN)
-    word = {"better": "too high", "worse": "too low"}.get(foretold.verdict, foretold.verdict)
     findings = [
         Finding(f"the law explains {WANTED:.0%} of the reward's variance along a run", verdict, f"R^2 {shares}"),
-        Finding("what the first half's law says of the end, beside what came", word, str(foretold)),
+        Finding("what the first half's law says of the end, beside what came", foretold.said("too high", "too low"), foretold.numbers),
     ]
     kept = [{"entropy": list(c.entropy), "reward": list(c.reward), "a": c.whole.a, "b": c.whole.b, "r2": c.whole.r2} for c in curves]
     return Result(findings, _tables(curves), {"runs": kept}, lambda path: _draw(curves, path))

@@ -142,7 +142,7 @@ def _findings(paths: Mapping[str, Sequence[Course]]) -> list[Finding]:
                 findings.append(Finding(asked, "undecided", f"{len(pairs)} seeds rise to it on both sides"))
                 continue
             found = compare_seeds([getattr(mine, key) for mine, _ in pairs], [getattr(theirs, key) for _, theirs in pairs], margin)
-            findings.append(Finding(asked, {"better": "more", "worse": "less"}.get(found.verdict, found.verdict), str(found)))
+            findings.append(Finding(asked, found.said("more", "less"), found.numbers))
     shares = [parabola(*_columns([found[seed] for found in paths.values()]))[2] for seed in range(len(paths[REWARDED]))]
     pooled = parabola(*_columns([path for found in paths.values() for path in found]))[2]
     around = t_interval(shares)

@@ -153,8 +153,8 @@ def habits_result(pairs: Pairs) -> Result:
 def _compared(question: str, pairs: Pairs, what: str) -> Finding:
     before, after = ([getattr(pair[side], what) for pair in pairs] for side in (0, 1))
     found = compare_seeds(after, before, MARGIN)
-    word = {"better": "more", "worse": "less"}.get(found.verdict, found.verdict)
-    return Finding(question, word, f"{t_interval(before).value:.3f} before, {t_interval(after).value:.3f} after: {found}")
+    numbers = f"{t_interval(before).value:.3f} before, {t_interval(after).value:.3f} after: {found.numbers}"
+    return Finding(question, found.said("more", "less"), numbers)
 
 
 def _part(question: str, pairs: Pairs) -> Finding:
@@ -176,7 +176,7 @@ def _mending(pairs: Pairs) -> Finding:
     if len(known) < 2:
         return Finding(asked, "undecided", f"in {len(known)} of {len(pairs)} seeds both sides took one back; {told}")
     found = compare_seeds([after for _, after in known], [before for before, _ in known], MARGIN)
-    return Finding(asked, {"better": "more", "worse": "less"}.get(found.verdict, found.verdict), f"{found}; {told}")
+    return Finding(asked, found.said("more", "less"), f"{found.numbers}; {told}")
 
 
 ROWS: Mapping[str, str] = {

@@ -86,10 +86,13 @@ def horizon_result(arms: Mapping[str, Losses]) -> Result:
         numbers = f"{2**told.value:.1f} [{2**told.low:.1f}, {2**told.high:.1f}]{_edge(arms, n)}"
         findings.append(Finding(f"best learning rate of rank 16 over that of full, after {n} steps", f"{2**told.value:.1f}", numbers))
     found, told = compare_seeds(ratios[shortest], ratios[longest], MARGIN), t_interval(ratios[shortest] - ratios[longest])
-    word = {"better": "larger", "worse": "smaller"}.get(found.verdict, found.verdict)
     asked = f"that ratio after {shortest} steps, over that after {longest}"
     findings.append(
-        Finding(asked, word, f"{2**told.value:.2f} [{2**told.low:.2f}, {2**told.high:.2f}], margin a factor of {2**MARGIN:.2g}")
+        Finding(
+            asked,
+            found.said("larger", "smaller"),
+            f"{2**told.value:.2f} [{2**told.low:.2f}, {2**told.high:.2f}], margin a factor of {2**MARGIN:.2g}",
+        )
     )
     document = {
         arm: {

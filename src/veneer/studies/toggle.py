@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from veneer.envs import load_env
-from veneer.measure.verdict import Verdict, compare_seeds, t_interval
+from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.store.adapters import read_adapter
 from veneer.store.stack import stack_adapters
 from veneer.studies.contest import Arm, Terms, overridden
@@ -356,17 +356,17 @@ def _of_costs(costs: Sequence[Costs]) -> list[Finding]:
     return [
         Finding(
             "a request that switches the behaviour takes as long as one that does not, to a millisecond",
-            _word(compare_seeds(switch, zeros, SWITCH_MARGIN).verdict),
+            compare_seeds(switch, zeros, SWITCH_MARGIN).said("higher", "lower"),
             f"{t_interval(switch)} ms longer, margin {SWITCH_MARGIN:g} ms",
         ),
         Finding(
             "the same in proportion",
-            _word(compare_seeds(ratios, ones, RATIO_MARGIN).verdict),
+            compare_seeds(ratios, ones, RATIO_MARGIN).said("higher", "lower"),
             f"{_share(ratios)} times {times['same']:.2f} ms, margin {RATIO_MARGIN:g}",
         ),
         Finding(
             f"a behaviour switched on for the last {TAIL} of {CONTEXT} tokens that the base has read, beside reading all of them with it",
-            _word(compare_seeds(within, ones, RATIO_MARGIN).verdict),
+            compare_seeds(within, ones, RATIO_MARGIN).said("higher", "lower"),
             f"{_share(within)} of {times['anew']:.2f} ms; {min(one.kept for one in costs)} tokens or more were not read again",
         ),
     ]
@@ -380,10 +380,6 @@ def _of_doses(doses: Sequence[Dose]) -> Finding:
         "holds" if all(one.ends_hold and one.rises for one in doses) else "broken",
         f"{sum(one.ends_hold and one.rises for one in doses)} of {len(doses)} adapters; KL from the base in nats a token {course}",
     )
-
-
-def _word(verdict: Verdict) -> str:
-    return {"better": "higher", "worse": "lower"}.get(verdict, verdict)
 
 
 def _share(values: Sequence[float]) -> str:

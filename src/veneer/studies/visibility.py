@@ -148,13 +148,12 @@ def _findings(shown: Sequence[Shown]) -> list[Finding]:
     for rate in RATES:
         rewarded, supervised = (next(o for o in shown if (o.way, o.rate) == (way, rate)) for way in (REWARDED, SHOWN))
         ways = compare_seeds([v.measured for v in rewarded.visible], [v.measured for v in supervised.visible], MARGIN)
-        word = {"better": "more", "worse": "fewer"}.get(ways.verdict, ways.verdict)
-        found.append(Finding(f"visible at {rate:g}: {REWARDED} beside {SHOWN}", word, str(ways)))
+        found.append(Finding(f"visible at {rate:g}: {REWARDED} beside {SHOWN}", ways.said("more", "fewer"), ways.numbers))
     for one in shown:
         if len(one.overlaps) > 1:
             apart = compare_seeds([o.measured for o in one.overlaps], [o.by_magnitude for o in one.overlaps], MARGIN)
-            word = {"better": "more", "worse": "less"}.get(apart.verdict, apart.verdict)
-            found.append(Finding(f"{one.name}: overlap of two seeds beside that of choosing by magnitude alone", word, str(apart)))
+            asked = f"{one.name}: overlap of two seeds beside that of choosing by magnitude alone"
+            found.append(Finding(asked, apart.said("more", "less"), apart.numbers))
     return found
 
 
