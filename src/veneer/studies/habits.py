@@ -207,5 +207,5 @@ def _draw(pairs: Pairs, path: Path) -> None:
             axes.errorbar([m.value for m in around], places, xerr=bars, color=colour, fmt="o", markersize=4, capsize=3, label=label)
         axes.set_yticks(range(len(ROWS)), list(ROWS.values()))
         axes.invert_yaxis()
-        axes.set(xlabel="share of episodes", xlim=(0, 1))
+        axes.set(xlabel="share of episodes", xlim=(-0.02, 1.02))  # whole marks at the ends
         axes.legend(frameon=False)
