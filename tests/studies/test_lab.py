@@ -43,7 +43,8 @@ class Counted:
 
 
 def lab(folder: Path, opener: Callable[[RunConfig], Place] | None = None, **more: Any) -> Lab:
-    return Lab(folder / "runs", opener or Counted(), **more)
+    """It says of every run what the command says of it."""
+    return Lab(folder / "runs", opener or Counted(), **{"told": lambda outcome, done, of: print(outcome, done, of), **more})
 
 
 CONFIGS = [
@@ -148,6 +149,9 @@ def test_demonstrations_are_scored_by_their_loss(tmp_path: Path) -> None:
     assert good.score == -good.metrics[-1]["eval/mean_nll"] > good.score_before
     assert bad.diverged is not None
     assert bad.score == bad.score_before == good.score_before
+    whole = make_config({"kind": "sft", "lora": {"rank": 1}, "sft": {**sft, "held_out": 0.0}})
+    [known] = asyncio.run(lab(tmp_path).run([whole]))
+    assert known.score == -known.metrics[-1]["train_mean_nll"] > known.score_before, "where nothing is held out, that of its batches"
 
 
 def test_other_loops_are_refused(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def run(
         return Place(machine.engine, machine.renderer)
 
     def told(outcome: Outcome, done: int, of: int) -> None:
-        print(f"{done:>4} of {of}  {_in_words(outcome)}", file=sys.stderr, flush=True)
+        print(f"{done:>4} of {of}  {outcome}", file=sys.stderr, flush=True)
 
     lab = Lab(folder / "runs", open_place, device, side_by_side, told, bench=Bench(device))
     if name == "all" or seconds is not None:
@@ -146,14 +146,6 @@ def _run_within(lab: Lab, studies: Sequence[Study], full: Terms, seconds: float 
     ]
     rows = [(d["study"], len(d["findings"]), d["shrunk"]) for d in documents]
     emit(documents, as_json, lambda: print_table(("study", "findings", "made with"), rows, ""))
-
-
-def _in_words(outcome: Outcome) -> str:
-    config = outcome.config
-    rate = getattr(config, config.kind).learning_rate
-    arm = "full" if config.weights == "full" else f"rank {config.lora.rank}"
-    end = "diverged" if outcome.diverged else f"{outcome.score_before:.3f} -> {outcome.score:.3f}"
-    return f"{arm}, learning rate {rate:.3g}, seed {config.seed}: {end}, {outcome.seconds:.0f} s"
 
 
 @command.command("article")

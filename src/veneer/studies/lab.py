@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -58,16 +59,29 @@ class Outcome:
     @property
     def score(self) -> float:
         """More is better. Of rewards, the mean on held-out problems in the end, 0 if the run diverged; of demonstrations, minus the
-        held-out loss in nats a token, that of the start if it diverged."""
+        loss in nats a token, that of the start if it diverged."""
         if self.config.kind == "rl":
             return 0.0 if self.diverged else float([m["eval/reward"] for m in self.metrics if "eval/reward" in m][-1])
-        losses = [float(m["eval/mean_nll"]) for m in self.metrics if "eval/mean_nll" in m]
-        return -losses[0 if self.diverged else -1]
+        return -self._losses[0 if self.diverged else -1]
 
     @property
     def score_before(self) -> float:
-        first = self.metrics[0]
-        return float(first["eval/reward"]) if self.config.kind == "rl" else -float(first["eval/mean_nll"])
+        return float(self.metrics[0]["eval/reward"]) if self.config.kind == "rl" else -self._losses[0]
+
+    @property
+    def _losses(self) -> list[float]:
+        """Of the held-out rows, or of each step's batch where none are."""
+        for name in ("eval/mean_nll", "train_mean_nll"):
+            if found := [float(m[name]) for m in self.metrics if name in m]:
+                return found
+        return [math.nan]  # it diverged in its first step
+
+    def __str__(self) -> str:
+        config = self.config
+        rate = getattr(config, config.kind).learning_rate
+        arm = "full" if config.weights == "full" else f"rank {config.lora.rank}"
+        end = "diverged" if self.diverged else f"{self.score_before:.3f} -> {self.score:.3f}"
+        return f"{arm}, learning rate {rate:.3g}, seed {config.seed}: {end}, {self.seconds:.0f} s"
 
 
 @dataclass
