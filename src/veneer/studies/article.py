@@ -82,7 +82,7 @@ SECTIONS: Sequence[Section] = (
         "What it is good for",
         (
             Sentence("It saves a third of the arithmetic.", {"cost": ""}),
-            Sentence("Behaviours are switched on and off on demand, and the core model remains untouched.", {"toggle": ""}),
+            Sentence("Behaviours are switched on and off on demand, and the core model remains untouched.", {"toggle": "", "merging": ""}),
         ),
     ),
 )

@@ -1,13 +1,14 @@
-"""What a study counts, weighs and times engines with. Whoever starts a study hands it in; the engine package has it
-(``engine/counting.py``)."""
+"""What a study counts, weighs and times engines with, and what merges adapters. Whoever starts a study hands them in; the engine package
+has them (``engine/counting.py``, ``engine/merge.py``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from veneer.shapes import ModelShape
-from veneer.types import Engine
+from veneer.types import Checkpoint, Engine
 
 Source = str | Mapping[str, Any]
 """A base by name or folder; or the content of a config.json, whose weights are then random."""
@@ -70,4 +71,28 @@ class Bench(Protocol):
 
     def seconds(self, work: Work) -> float:
         """Until it is done."""
+        ...
+
+
+class Stored(Protocol):
+    """What storing the sum cost."""
+
+    @property
+    def lost(self) -> float:
+        """|stored - exact| / |update|."""
+        ...
+
+    @property
+    def changed(self) -> float:
+        """Share of the adapted weights that are not the base's any more."""
+        ...
+
+
+class Merge(Protocol):
+    def __call__(self, base: str, checkpoint: Checkpoint, folder: Path, dtype: str, /) -> Stored:
+        """Write the base with the adapter in its weights.
+
+        Raises:
+            AdapterError: it was made for another base, or is a full copy.
+        """
         ...

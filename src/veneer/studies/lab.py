@@ -20,7 +20,7 @@ from veneer.render import Renderer
 from veneer.store.adapters import write_adapter
 from veneer.store.files import storage_errors, write_text
 from veneer.store.run import Run
-from veneer.studies.bench import Bench
+from veneer.studies.bench import Bench, Merge
 from veneer.train import rl, sft
 from veneer.train.config import RunConfig
 from veneer.train.rollouts import closing
@@ -100,6 +100,8 @@ class Lab:
     """When set, runs save their state and stop."""
     bench: Bench | None = None
     """What engines are counted and timed with; None: this lab only makes runs."""
+    merge: Merge | None = None
+    """What writes adapters into a base's weights."""
     _places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
     async def run(self, configs: Sequence[RunConfig]) -> list[Outcome]:

@@ -7,7 +7,7 @@ base has computed already (https://arxiv.org/abs/2504.12397); an adapter that ac
 The engine is asked before any adapter is there. Then adapters are trained, one a seed, by reinforcement learning of a few steps, and
 loaded beside each other. Clocks run on requests for one token behind prompts that nobody has read: the second of three follows a request
 with another behaviour, the third one with its own, and the switch costs the difference. Both kinds take turns, so that a busy machine
-slows both; a seed's figures are medians over neighbours. Merging an adapter into the base is another matter (docs/proof.md).
+slows both; a seed's figures are medians over neighbours. Adapters in the base's own weights are the study ``merging``'s.
 """
 
 from __future__ import annotations
