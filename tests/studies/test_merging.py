@@ -42,7 +42,7 @@ def study(folder: Path, merge: Callable[..., Any]) -> Result:
 
 
 def test_the_whole_study_runs(folder: Path, tmp_path: Path) -> None:
-    """In float32 nothing is lost; in sixteen bits the more, the weaker the adapter and the fewer bits a number has; nothing is left over."""
+    """In float32 nothing is lost; in sixteen bits the more, the weaker the adapter and the fewer bits a number has. No file is left."""
     result = study(folder, write_merged)
     assert result.findings[0].verdict == "equal"
     assert len(result.findings) == 1 + 6 + 4

@@ -1,8 +1,8 @@
 """Is an adapter that was merged into the base's weights what it is beside them? In three dtypes, at full strength and at less.
 
-An adapter beside the base is a sum of products, and costs nothing but those. Merged, W + (alpha / r) B A is stored once, in the dtype of the
-base, and what is smaller than half of a weight's last bit is gone: of bfloat16's eight significant bits a small update can lose most
-(https://arxiv.org/abs/2505.11711 counts what is left). Nor can a merged adapter be switched off.
+An adapter beside the base is a sum of products, and costs nothing but those. Merged, W + (alpha / r) B A is stored once, in the dtype of
+the base, and what is smaller than half of a weight's last bit is gone: with bfloat16's eight significant bits a small update can lose
+most (https://arxiv.org/abs/2505.11711 counts what is left). Nor can a merged adapter be switched off.
 
 Adapters are trained by reinforcement learning, one a seed, and merged at full strength and at less, as updates of longer training on wider
 models are smaller beside their weights than these. Merged weights are read back and run in float32, so what is found is what storing
@@ -218,8 +218,11 @@ def _tables(found: Sequence[Merged], outcomes: Sequence[Outcome]) -> str:
             cells = [_interval([getattr(one, column) for one in mine]) for column in columns]
             lines.append(f"| {dtype} | {strength:g} | {' | '.join(cells)} |")
     trained = ", ".join(f"{o.score_before:.3f} -> {o.score:.3f}" + (" (diverged)" if o.diverged else "") for o in outcomes)
-    lines += ["", "Means over seeds with 95% intervals; lost and gap over effect are of root mean squares, 0 is all there and 1 as much noise"]
-    lines += ["as update. The adapters' rewards on held-out problems, before and after training: " + trained + "."]
+    lines += [
+        "",
+        "Means over seeds with 95% intervals; lost and gap over effect are of root mean squares: 0 is all there, 1 as much noise as",
+    ]
+    lines += [f"update. The adapters' rewards on held-out problems, before and after training: {trained}."]
     return "\n".join(lines) + "\n"
 
 
