@@ -61,6 +61,7 @@ SECTIONS: Sequence[Section] = (
         "So a thin adapter is enough",
         (
             Sentence("Even at rank one it learns what full fine-tuning learns.", {"rank": "beside full|noise floor"}),
+            Sentence("For all that reward tells in a run, an adapter has room, however thin.", {"received": ""}),
             Sentence(
                 "Where much must be memorised it falls behind.",
                 {"capacity": ""},

@@ -25,6 +25,7 @@ from veneer.measure.verdict import t_interval
 from veneer.store.adapters import read_adapter
 from veneer.studies.contest import Arm, Contest, Entrant, Terms, hold_contest, overridden
 from veneer.studies.contest_page import COLOURS, contest_result
+from veneer.studies.demand import Demanded, demand_finding
 from veneer.studies.demonstrations import write_rows
 from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, Lab, Outcome
@@ -182,21 +183,12 @@ def memories(entrant: Entrant) -> list[Memory]:
 
 def capacity_findings(contests: Mapping[int, Contest], parameters: Mapping[str, int]) -> list[Finding]:
     """Whether adapters fall behind just where facts have more bits than they have parameters, and what a parameter stored at most."""
-    told, verdicts = list[str](), set[str]()
-    for facts, contest in contests.items():
-        for entrant in contest.entrants[1:]:
-            demand, comparison = facts * FACT_BITS / parameters[entrant.arm.name], entrant.comparison
-            assert comparison is not None
-            said = (
-                "undecided"
-                if comparison.verdict == "undecided"
-                else "holds"
-                if (demand > 1) == (comparison.verdict == "worse")
-                else "broken"
-            )
-            verdicts.add(said)
-            told.append(f"{entrant.arm.name}, {facts} facts, {demand:.2g} bits a parameter: {comparison.verdict}")
-    verdict = "broken" if "broken" in verdicts else "undecided" if "undecided" in verdicts else "holds"
+    told = [
+        Demanded(f"{entrant.arm.name}, {facts} facts", facts * FACT_BITS / parameters[entrant.arm.name], entrant.comparison)
+        for facts, contest in contests.items()
+        for entrant in contest.entrants
+        if entrant.comparison is not None
+    ]
     most = max(
         (
             (t_interval([m.stored / parameters[e.arm.name] for m in memories(e)]), e.arm.name, n)
@@ -207,11 +199,7 @@ def capacity_findings(contests: Mapping[int, Contest], parameters: Mapping[str, 
     )
     mean, arm, facts = most
     return [
-        Finding(
-            "an adapter falls behind full fine-tuning where there are more bits than it has parameters, and nowhere else",
-            verdict,
-            "; ".join(told),
-        ),
+        demand_finding("full fine-tuning", told),
         Finding(
             "most bits that an arm stored for each parameter",
             f"{mean.value:.2f}",
