@@ -28,7 +28,7 @@ MARGIN = 0.03
 RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 THIN_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 """Of adapters in one place, which have further to go."""
-ONE_MAP = "layers.3.self_attn.o_proj"
+ONE_MAP = "layers.1.self_attn.o_proj"
 SHARED: Mapping[str, Any] = {
     "env": {"name": "arithmetic"},
     "rl": {"steps": 40, "groups_per_batch": 8, "group_size": 8},
