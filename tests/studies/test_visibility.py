@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 
@@ -16,18 +17,22 @@ from veneer.studies.contest import Terms
 from veneer.studies.visibility import REWARDED, SHARED, SHOWN, _base
 from veneer.train.config import make_config
 
-RL = ("rl.steps=2", "rl.groups_per_batch=2", "rl.group_size=2", "rl.max_tokens=8", "eval.problems=2")
-SFT = ("sft.steps=2", "sft.batch_size=2", "sft.held_out=0.1")
+RL = ("rl.groups_per_batch=2", "rl.group_size=2", "rl.max_tokens=8", "eval.problems=2")
+SFT = ("sft.batch_size=2", "sft.held_out=0.1")
 
 
 def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut to two rates, three seeds and two small steps: both ways, every finding, a page and a picture."""
     monkeypatch.setattr(visibility, "RATES", (1e-5, 1e-3))
+    monkeypatch.setattr(visibility, "LENGTHS", (1, 2))
     monkeypatch.setattr(visibility, "ROWS", 40)
     result = asyncio.run(visibility.conduct(lab(tmp_path, Counted()), Terms(3, 1, RL + SFT)))
     shown = json.loads(json.dumps(result.document))["shown"]
-    assert [(one["way"], one["learning_rate"]) for one in shown] == [(way, rate) for way in (REWARDED, SHOWN) for rate in (1e-5, 1e-3)]
-    by_demonstrations = shown[2:]
+    wanted = [(way, rate, steps) for way in (REWARDED, SHOWN) for rate in (1e-5, 1e-3) for steps in (1, 2)]
+    assert [(one["way"], one["learning_rate"], one["steps"]) for one in shown] == wanted
+    by_demonstrations = [one for one in shown[4:] if one["steps"] == 2]
+    for once, twice in itertools.pairwise(shown[4:6]):
+        assert all(0 < first < both for first, both in zip(once["bfloat16"], twice["bfloat16"], strict=True)), "a second step shows more"
     for one in by_demonstrations:  # each step moves every weight by about the rate
         assert min(one["float32"]) > 0.5
         assert all(0 < share < 1 for share in one["bfloat16"])
@@ -36,7 +41,8 @@ def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert large > small + 0.2
     assert sum("beside what sizes alone" in f.question for f in result.findings) == 4
     assert sum("by reward beside by demonstrations" in f.question for f in result.findings) == 2
-    assert result.tables.count("\n| by ") == 4
+    assert sum("after so many steps: 1" in f.question for f in result.findings) == 2
+    assert result.tables.count("\n| by ") == 8
     result.draw(tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count("<svg") == 1
 

@@ -1,7 +1,7 @@
 """Does reinforcement learning change few weights because of what it is, or because its learning rate is small?
 
-All weights are trained by reward and by demonstrations, at the same learning rates and for as many steps. Of published checkpoints in
-bfloat16 5 to 30% of the weights differ after reinforcement learning, and most after supervised training
+All weights are trained by reward and by demonstrations, at the same learning rates and for as many steps, one to forty. Of published
+checkpoints in bfloat16 5 to 30% of the weights differ after reinforcement learning, and most after supervised training
 (https://arxiv.org/abs/2505.11711): a small subnetwork, and much the same one for every seed. But a step of Adam is about the learning
 rate for every weight, and bfloat16 shows no change below 1/512 of the weight it is added to: what becomes visible may be a matter of
 sizes alone. The null model deals the same updates out anew among the weights of each matrix, and the overlap of two seeds is compared
@@ -20,15 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veneer.measure.anatomy import Overlap, Update, Visible, overlap_of, share_visible, updates_of, visible
-from veneer.measure.intervals import Mean
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.store.adapters import read_adapter
-from veneer.studies.contest import Terms, overridden, terms_for
+from veneer.studies.contest import Arm, Terms, config_of, overridden, terms_for
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, COUNTED, Lab, Outcome
 from veneer.studies.result import Finding, Result
-from veneer.train.config import RunConfig, make_config
+from veneer.train.config import RunConfig
 
 QUESTION = "Does reinforcement learning change few weights because of what it is, or because its learning rate is small?"
 CLAIMS = (16, 17)
@@ -36,19 +35,20 @@ REWARDED, SHOWN = "by reward", "by demonstrations"
 RATES: Sequence[float] = (1e-6, 1e-5, 1e-4)
 ROWS = 500
 """Demonstrations, of which a fifth is held out."""
-STEPS = 40
+LENGTHS: Sequence[int] = (1, 10, 40)
+"""Steps. Of the longest all is asked, of the shorter how much is visible."""
 SHARED: Mapping[str, Mapping[str, Any]] = {
     REWARDED: {
         "weights": "full",
         "env": {"name": "arithmetic"},
-        "rl": {"steps": STEPS, "groups_per_batch": 8, "group_size": 8},
-        "eval": {"problems": 256, "every": STEPS},
+        "rl": {"steps": LENGTHS[-1], "groups_per_batch": 8, "group_size": 8},
+        "eval": {"problems": 256, "every": LENGTHS[-1]},
     },
     SHOWN: {
         "kind": "sft",
         "weights": "full",
-        "sft": {"steps": STEPS, "batch_size": 16, "held_out": 0.2},
-        "eval": {"every": STEPS},
+        "sft": {"steps": LENGTHS[-1], "batch_size": 16, "held_out": 0.2},
+        "eval": {"every": LENGTHS[-1]},
     },
 }
 MARGIN = 0.05
@@ -59,10 +59,11 @@ Weights = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Shown:
-    """Of the runs of one way at one learning rate."""
+    """Of the runs of one way, of one learning rate and length."""
 
     way: str
     rate: float
+    steps: int
     visible: Sequence[Visible]
     """In bfloat16, for each seed."""
     moved: Sequence[float]
@@ -90,21 +91,25 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
     runs = {way: [next(outcomes) for _ in wanted] for way, wanted in configs.items()}
     base = await _base(lab, configs[REWARDED][0])
     shown = [
-        _look(base, way, rate, [outcome for outcome in found if _rate(outcome.config) == rate])
+        _look(base, way, rate, steps, [outcome for outcome in found if _what(outcome.config) == (rate, steps)])
         for way, found in runs.items()
         for rate in RATES
+        for steps in LENGTHS
     ]
     return Result(_findings(shown), _tables(shown), {"shown": [_one(one) for one in shown]}, lambda path: _draw(shown, path))
 
 
 def _configs(way: str, data: str, terms: Terms) -> list[RunConfig]:
     kind = SHARED[way].get("kind", "rl")
-    tree = overridden({**SHARED[way], "sft": {**SHARED[way].get("sft", {}), "data": data}}, (), terms_for(terms, kind))
-    return [make_config({**tree, "seed": s, kind: {**tree[kind], "learning_rate": r}}) for r in RATES for s in range(terms.seeds)]
+    shared = {**SHARED[way], "sft": {**SHARED[way].get("sft", {}), "data": data}}
+    lengths = [Arm(f"{steps} steps", {kind: {"steps": steps}}, RATES) for steps in LENGTHS]
+    tree = overridden(shared, lengths, terms_for(terms, kind))
+    return [config_of(tree, arm, rate, seed) for arm in lengths for rate in RATES for seed in range(terms.seeds)]
 
 
-def _rate(config: RunConfig) -> float:
-    return getattr(config, config.kind).learning_rate
+def _what(config: RunConfig) -> tuple[float, int]:
+    work = getattr(config, config.kind)
+    return work.learning_rate, work.steps
 
 
 async def _base(lab: Lab, config: RunConfig) -> Weights:
@@ -116,7 +121,7 @@ async def _base(lab: Lab, config: RunConfig) -> Weights:
     return saved.weights
 
 
-def _look(base: Weights, way: str, rate: float, outcomes: Sequence[Outcome]) -> Shown:
+def _look(base: Weights, way: str, rate: float, steps: int, outcomes: Sequence[Outcome]) -> Shown:
     updates = [updates_of(base, read_adapter(outcome.folder / ADAPTER)[0].weights, None) for outcome in outcomes]
     masks = [[visible(base[name], update.rows(), "bfloat16") for name, update in found.items()] for found in updates]
     some = [mask for mask in masks if any(part.any() for part in mask)]
@@ -124,6 +129,7 @@ def _look(base: Weights, way: str, rate: float, outcomes: Sequence[Outcome]) -> 
     return Shown(
         way,
         rate,
+        steps,
         [share_visible(base, found, "bfloat16") for found in updates],
         [_share(base, found, "float32", 0.0) for found in updates],
         [_share(base, found, "bfloat16", 1e-5) for found in updates],
@@ -140,8 +146,8 @@ def _share(base: Weights, updates: Mapping[str, Update], dtype: str, tolerance: 
 # ---------------------------------------------------------------- what it says
 
 
-def _findings(shown: Sequence[Shown]) -> list[Finding]:
-    found = []
+def _findings(every: Sequence[Shown]) -> list[Finding]:
+    found, shown = [], _longest(every)
     for one in shown:
         null = compare_seeds([v.measured for v in one.visible], [v.null for v in one.visible], MARGIN)
         found.append(Finding(f"{one.name}: visible in bfloat16 beside what sizes alone make visible", null.verdict, str(null)))
@@ -149,6 +155,7 @@ def _findings(shown: Sequence[Shown]) -> list[Finding]:
         rewarded, supervised = (next(o for o in shown if (o.way, o.rate) == (way, rate)) for way in (REWARDED, SHOWN))
         ways = compare_seeds([v.measured for v in rewarded.visible], [v.measured for v in supervised.visible], MARGIN)
         found.append(Finding(f"visible at {rate:g}: {REWARDED} beside {SHOWN}", ways.said("more", "fewer"), ways.numbers))
+    found += [_of_steps([one for one in every if (one.way, one.rate) == (way, min(RATES))]) for way in SHARED]
     for one in shown:
         if len(one.overlaps) > 1:
             apart = compare_seeds([o.measured for o in one.overlaps], [o.by_magnitude for o in one.overlaps], MARGIN)
@@ -157,13 +164,25 @@ def _findings(shown: Sequence[Shown]) -> list[Finding]:
     return found
 
 
+def _longest(every: Sequence[Shown]) -> list[Shown]:
+    return [one for one in every if one.steps == max(LENGTHS)]
+
+
+def _of_steps(shown: Sequence[Shown]) -> Finding:
+    """``shown``: of one way and learning rate, by length."""
+    shares = [[v.measured for v in one.visible] for one in shown]
+    numbers = "; ".join(f"{_percent(share)} after {one.steps}" for one, share in zip(shown, shares, strict=True))
+    first = shown[0]
+    return Finding(f"{first.name}: visible in bfloat16 after so many steps: {first.steps}", f"{t_interval(shares[0]).value:.1%}", numbers)
+
+
 def _tables(shown: Sequence[Shown]) -> str:
-    heads = ("way, learning rate", "gained", "changed in float32", "in bfloat16", "by sizes alone", "by more than 1e-5")
+    heads = ("way, learning rate", "steps", "gained", "changed in float32", "in bfloat16", "by sizes alone", "by more than 1e-5")
     heads += ("overlap of seeds", "by magnitude", "by chance")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in shown:
         overlaps = [[getattr(o, key) for o in one.overlaps] for key in ("measured", "by_magnitude", "chance")]
-        cells = [f"{t_interval(one.gained).value:+.3f}", _percent(one.moved), _percent([v.measured for v in one.visible])]
+        cells = [f"{one.steps}", f"{t_interval(one.gained).value:+.3f}", _percent(one.moved), _percent([v.measured for v in one.visible])]
         cells += [_percent([v.null for v in one.visible]), _percent(one.beyond), *(_percent(values) for values in overlaps)]
         lines.append(f"| {one.name} | {' | '.join(cells)} |")
     return (
@@ -189,6 +208,7 @@ def _one(one: Shown) -> dict[str, Any]:
     return {
         "way": one.way,
         "learning_rate": one.rate,
+        "steps": one.steps,
         "bfloat16": [v.measured for v in one.visible],
         "bfloat16_by_sizes_alone": [v.null for v in one.visible],
         "float32": one.moved,
@@ -198,41 +218,37 @@ def _one(one: Shown) -> dict[str, Any]:
     }
 
 
-def _draw(shown: Sequence[Shown], path: Path) -> None:
-    with picture(path, 8.4, 3.2) as figure:
-        left, right = figure.subplots(1, 2)
+def _draw(every: Sequence[Shown], path: Path) -> None:
+    """Left: what is visible, by learning rate. Middle: by steps. Right: what two seeds share."""
+    with picture(path, 11.4, 3.2) as figure:
+        left, middle, right = figure.subplots(1, 3)
         for way, colour in ((REWARDED, "#0066cc"), (SHOWN, "#cc5500")):
-            mine = [one for one in shown if one.way == way]
+            mine = [one for one in _longest(every) if one.way == way]
             rates = [one.rate for one in mine]
             for key, style, more in (("measured", "-", ""), ("null", ":", ", by sizes alone")):
-                means = [t_interval([getattr(v, key) for v in one.visible]) for one in mine]
-                left.errorbar(
-                    rates,
-                    [m.value for m in means],
-                    yerr=_bars(means),
-                    color=colour,
-                    linestyle=style,
-                    marker="o",
-                    markersize=3,
-                    label=way + more,
-                )
-            with_overlap = [one for one in mine if len(one.overlaps) > 1]
+                _line(left, rates, [[getattr(v, key) for v in one.visible] for one in mine], colour, style, way + more)
+            for place, rate in enumerate(RATES):
+                there = [one for one in every if (one.way, one.rate) == (way, rate)]
+                shares = [[v.measured for v in one.visible] for one in there]
+                _line(middle, [one.steps for one in there], shares, colour, "-", f"{way}, {rate:g}", 0.4 + 0.6 * place / len(RATES))
+            two = [one for one in mine if len(one.overlaps) > 1]
             for key, style, more in (("measured", "-", ""), ("by_magnitude", ":", ", by magnitude"), ("chance", "--", ", by chance")):
-                means = [t_interval([getattr(o, key) for o in one.overlaps]) for one in with_overlap]
-                right.plot(
-                    [one.rate for one in with_overlap],
-                    [m.value for m in means],
-                    color=colour,
-                    linestyle=style,
-                    marker="o",
-                    markersize=3,
-                    label=way + more,
-                )
-        for axes, name in ((left, "share of weights visible in bfloat16"), (right, "overlap of two seeds")):
+                _line(right, [one.rate for one in two], [[getattr(o, key) for o in one.overlaps] for one in two], colour, style, way + more)
+        visibly = "share of weights visible in bfloat16"
+        for axes, across, up in (
+            (left, "learning rate", visibly),
+            (middle, "steps", visibly),
+            (right, "learning rate", "overlap of two seeds"),
+        ):
             axes.set_xscale("log")
-            axes.set(xlabel="learning rate", ylabel=name, ylim=(-0.02, 1.02))
+            axes.set(xlabel=across, ylabel=up, ylim=(-0.02, 1.02))
             axes.legend(frameon=False, fontsize=7)
 
 
-def _bars(means: Sequence[Mean]) -> list[list[float]]:
-    return [[m.value - m.low for m in means], [m.high - m.value for m in means]]
+def _line(
+    axes: Any, across: Sequence[float], values: Sequence[Sequence[float]], colour: str, style: str, label: str, alpha: float = 1.0
+) -> None:
+    means = [t_interval(some) for some in values]
+    bars = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
+    heights = [m.value for m in means]
+    axes.errorbar(across, heights, yerr=bars, color=colour, linestyle=style, alpha=alpha, marker="o", markersize=3, label=label)
