@@ -29,12 +29,14 @@ def test_all_batches_read_as_much(tmp_path: Path) -> None:
     assert rows[8].pop() == pytest.approx(6 * len(train), rel=0.05)
     for size in rewarded.batches:
         for arm in arms(rewarded, size):
-            rl = make_config({**batch.REWARDED, **arm.settings, "rl": {**batch.REWARDED["rl"], **arm.settings["rl"]}}).rl
+            rl = make_config({**batch.REWARDED, **arm.settings}).rl
             assert rl.groups_per_batch * rl.group_size == size
             assert rl.steps * size == EPISODES
 
 
-@pytest.mark.parametrize("override", ["sft.steps=3", "sft.batch_size=2", "lora.rank=3", "rl.steps=3", "rl.groups_per_batch=1"])
+@pytest.mark.parametrize(
+    "override", ["sft.steps=3", "sft.batch_size=2", "lora.rank=3", "rl.group_size=4", "rl.epochs=2", "rl.refill=1", "sft.held_out=0"]
+)
 def test_what_makes_batches_comparable_cannot_be_set(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="the study itself decides"):
         asyncio.run(conduct(lab(tmp_path, never), Terms(2, 1, (override,))))

@@ -56,12 +56,14 @@ def contest(facts: int, thin: float) -> Any:
     return SimpleNamespace(entrants=[entrant("full", 1.0, True), entrant("rank 1", thin, False)])
 
 
-@pytest.mark.parametrize(("few", "many", "word"), [(1.0, 0.5, "holds"), (1.0, 1.0, "broken"), (0.5, 0.5, "broken")])
-def test_words(few: float, many: float, word: str) -> None:
+@pytest.mark.parametrize(
+    ("few", "many", "words"), [(1.0, 0.5, ("holds", "1 of 1")), (1.0, 1.0, ("holds", "0 of 1")), (0.5, 0.5, ("broken", "1 of 1"))]
+)
+def test_words(few: float, many: float, words: tuple[str, str]) -> None:
     """1,000 parameters: 16 facts have 850 bits, 64 have 3,402."""
     parameters = {"full": 1_000_000, "rank 1": 1000}
-    behind, most = capacity_findings({16: contest(16, few), 64: contest(64, many)}, parameters)
-    assert behind.verdict == word
+    room, behind, most = capacity_findings({16: contest(16, few), 64: contest(64, many)}, parameters)
+    assert (room.verdict, behind.verdict) == words
     assert float(most.verdict) == pytest.approx(max(few * 16, many * 64) * FACT_BITS / 1000, rel=0.01)
 
 
@@ -91,6 +93,6 @@ def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = asyncio.run(conduct(lab(tmp_path, side_by_side=16), Terms(2, 1)))
     assert result.document["parameters"]["rank 1"] == 11_264
     assert result.document["parameters"]["rank 1 of down_proj"] < 4_000
-    assert len(result.findings) == 2 + 4
+    assert len(result.findings) == 3 + 4
     result.draw(tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count("<svg") == 1

@@ -156,15 +156,18 @@ class Bench:
 
     device: str = "cpu"
 
-    def open(self, source: str | Mapping[str, Any], weights: Literal["lora", "full"], *, as_modules: bool = False) -> Opened:
+    def open(
+        self, source: str | Mapping[str, Any], weights: Literal["lora", "full"], *, as_modules: bool = False, exact: bool = False
+    ) -> Opened:
         """``source``: a base by name or folder; or the content of a config.json, whose weights are then random. ``as_modules``: its
         activation has another name, so that the engine takes it for none of the families whose layers it writes out; all else is the same.
+        ``exact``: a base by name or folder computes in float32 on a GPU too.
 
         Raises:
             BaseError: there is none, or it cannot be run.
         """
         torch.set_num_threads(1)
-        base = load_base(source, self.device) if isinstance(source, str) else self._random(source)
+        base = load_base(source, self.device, torch.float32 if exact else None) if isinstance(source, str) else self._random(source)
         for module in [*base.model.modules()] if as_modules else []:
             if "SiLU" in type(getattr(module, "act_fn", None)).__name__:
                 module.act_fn = _Swish()

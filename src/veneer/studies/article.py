@@ -83,7 +83,8 @@ SECTIONS: Sequence[Section] = (
         "What it is good for",
         (
             Sentence("It saves a third of the arithmetic.", {"cost": ""}),
-            Sentence("Behaviours are switched on and off on demand, and the core model remains untouched.", {"toggle": "", "merging": ""}),
+            Sentence("Behaviours are switched on and off on demand, and the core model remains untouched.", {"toggle": ""}),
+            Sentence("Merged into the weights a behaviour is the same, and cannot be switched off.", {"merging": ""}),
         ),
     ),
 )

@@ -2,8 +2,8 @@
 
 "LoRA Without Regret" finds that the loss of adapters falls behind that of full fine-tuning as batches grow, whatever the rank
 (https://thinkingmachines.ai/blog/lora/, figure 3); others find the best batch not always to be small (https://arxiv.org/abs/2602.09492).
-Every arm has a learning rate of its own at every batch size, and all read each demonstration as often, or play as many episodes: a larger
-batch makes fewer steps.
+Both speak of supervised training; reinforcement learning is tried beside it. Every arm has a learning rate of its own at every batch size,
+and all read each demonstration as often, or play as many episodes: a larger batch makes fewer steps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ QUESTION = "Do adapters bear large batches less well than full fine-tuning?"
 CLAIMS = (13,)
 EPOCHS, ROWS, HELD_OUT = 6, 640, 0.2
 EPISODES, GROUP = 2560, 8
-SHARED: Mapping[str, Any] = {"kind": "sft", "sft": {"held_out": HELD_OUT}, "eval": {"every": 10**6}}
-REWARDED: Mapping[str, Any] = {"env": {"name": "arithmetic"}, "rl": {"group_size": GROUP}, "eval": {"problems": 512, "every": 10**6}}
+SHARED: Mapping[str, Any] = {"kind": "sft", "eval": {"every": 10**6}}
+REWARDED: Mapping[str, Any] = {"env": {"name": "arithmetic"}, "eval": {"problems": 512, "every": 10**6}}
+ONCE: Mapping[str, Any] = {"epochs": 1, "minibatches": 1, "refill": 0.0}
+"""A batch of episodes is a step."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Way:
     lora_rates: Sequence[float]
     full_rates: Sequence[float]
     margin: float
-    """Of a loss in nats a token; of the share of held-out problems solved."""
+    """Of a loss in nats a token; of the reward on held-out problems."""
 
     def named(self, batch: int) -> str:
         return f"batches of {batch} {self.of}"
@@ -48,8 +50,9 @@ class Way:
     def work(self, batch: int) -> Mapping[str, Any]:
         """Settings with which a batch of this size is trained on, as often as any other."""
         if self.kind == "sft":
-            return {"sft": {"batch_size": batch, "steps": round(EPOCHS * ROWS * (1 - HELD_OUT) / batch)}}
-        return {"rl": {"groups_per_batch": batch // GROUP, "steps": EPISODES // batch}}
+            steps = round(EPOCHS * ROWS * (1 - HELD_OUT) / batch)
+            return {"sft": {"batch_size": batch, "steps": steps, "held_out": HELD_OUT}}
+        return {"rl": {"groups_per_batch": batch // GROUP, "group_size": GROUP, "steps": EPISODES // batch, **ONCE}}
 
 
 WAYS: Sequence[Way] = (
@@ -71,7 +74,7 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
     Interrupted, VeneerError: as ``Lab.run``.
     """
     data = write_demonstrations(lab.folder.parent / "data", ROWS, seed=0)
-    by_kind = {"sft": {**SHARED, "sft": {**SHARED["sft"], "data": str(data)}}, "rl": REWARDED}
+    by_kind = {"sft": {**SHARED, "sft": {"data": str(data)}}, "rl": REWARDED}
     own = {way: terms_for(terms, way.kind) for way in WAYS}
     shared = {way: overridden(by_kind[way.kind], arms(way), own[way]) for way in WAYS}  # all of it is checked before any run
     contests = {
@@ -110,7 +113,7 @@ def _gaps(contests: Mapping[Way, Mapping[int, Contest]]) -> str:
             lines += [f"| {way.named(batch)} | {arm} | {t_interval(values)} |" for arm, values in gaps(contest).items()]
     lines += [
         "",
-        "Scores are minus the held-out loss in nats a token of demonstrations, and the share of held-out problems solved of episodes.",
+        "Scores are minus the held-out loss in nats a token of demonstrations, and the reward on held-out problems of episodes.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -126,10 +129,10 @@ def _draw(contests: Mapping[Way, Mapping[int, Contest]], path: Path) -> None:
                 axes.axis("off")
             for axes, (batch, contest) in zip(parts, held.items(), strict=False):
                 for entrant, colour in zip(contest.entrants, colours, strict=False):
-                    scores = [abs(mean) for mean in entrant.sweep.means.values()]
+                    scores = [-mean if way.kind == "sft" else mean for mean in entrant.sweep.means.values()]
                     axes.plot(list(entrant.sweep.means), scores, color=colour, marker="o", markersize=3, label=entrant.arm.name)
                 axes.set(xscale="log", xlabel="learning rate", title=way.named(batch))
-            parts[0].set_ylabel("held-out loss" if way.kind == "sft" else "share solved")
+            parts[0].set_ylabel("held-out loss" if way.kind == "sft" else "reward on held-out problems")
             parts[0].set_yscale("log" if way.kind == "sft" else "linear")
             parts[0].legend(frameon=False, fontsize=7)
             last.axhline(0, color=colours[0], linewidth=0.8)

@@ -51,8 +51,8 @@ class Opened(Protocol):
 
 
 class Bench(Protocol):
-    def open(self, source: Source, weights: Literal["lora", "full"], *, as_modules: bool = False) -> Opened:
-        """``as_modules``: the same, but its adapters run through transformers' modules.
+    def open(self, source: Source, weights: Literal["lora", "full"], *, as_modules: bool = False, exact: bool = False) -> Opened:
+        """``as_modules``: the same, but its adapters run through transformers' modules. ``exact``: in float32 on any device.
 
         Raises:
             BaseError: there is none, or it cannot be run.

@@ -25,7 +25,7 @@ from veneer.measure.verdict import t_interval
 from veneer.store.adapters import read_adapter
 from veneer.studies.contest import Arm, Contest, Entrant, Terms, hold_contest, overridden
 from veneer.studies.contest_page import COLOURS, contest_result
-from veneer.studies.demand import Demanded, demand_finding
+from veneer.studies.demand import Demanded, demand_findings
 from veneer.studies.demonstrations import write_rows
 from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, Lab, Outcome
@@ -182,7 +182,7 @@ def memories(entrant: Entrant) -> list[Memory]:
 
 
 def capacity_findings(contests: Mapping[int, Contest], parameters: Mapping[str, int]) -> list[Finding]:
-    """Whether adapters fall behind just where facts have more bits than they have parameters, and what a parameter stored at most."""
+    """Whether adapters fall behind that have room for the facts, or have none, and what a parameter stored at most."""
     told = [
         Demanded(f"{entrant.arm.name}, {facts} facts", facts * FACT_BITS / parameters[entrant.arm.name], entrant.comparison)
         for facts, contest in contests.items()
@@ -199,7 +199,7 @@ def capacity_findings(contests: Mapping[int, Contest], parameters: Mapping[str, 
     )
     mean, arm, facts = most
     return [
-        demand_finding("full fine-tuning", told),
+        *demand_findings("full fine-tuning", told),
         Finding(
             "most bits that an arm stored for each parameter",
             f"{mean.value:.2f}",

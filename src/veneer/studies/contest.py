@@ -162,7 +162,7 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
     tree = copy.deepcopy(dict(shared))
     decided = {"kind", "seed", "name", "folder", "device", "weights", *(key for arm in arms for key in _keys(arm.settings))}
     kind = tree.get("kind", "rl")
-    decided |= {f"{kind}.learning_rate"} if arms else set()
+    decided |= {f"{kind}.learning_rate"} if any(arm.rates for arm in arms) else set()
     for override in terms.overrides:
         key = override.partition("=")[0].strip()
         if key.startswith(OTHERS[kind]):

@@ -1,4 +1,4 @@
-"""Do adapters fall behind where they are told more bits than they have parameters? One finding for all arms of a study."""
+"""Has an adapter room for what it is told? Arms beside the bits that each of their parameters would have to hold."""
 
 from __future__ import annotations
 
@@ -8,32 +8,38 @@ from dataclasses import dataclass
 from veneer.measure.verdict import Comparison
 from veneer.studies.result import Finding
 
-ASKED = "an adapter falls behind {reference} where there are more bits than it has parameters, and nowhere else"
-
 
 @dataclass(frozen=True)
 class Demanded:
-    """Of an arm, in words, with what each of its parameters would have to hold."""
+    """An arm, in words."""
 
     arm: str
     bits: float
-    """A parameter."""
+    """That each of its parameters would have to hold."""
     comparison: Comparison
     """With the reference."""
-
-    @property
-    def said(self) -> str:
-        """Whether it bears the argument out."""
-        if self.comparison.verdict == "undecided":
-            return "undecided"
-        return "holds" if (self.bits > 1) == (self.comparison.verdict == "worse") else "broken"
 
     def __str__(self) -> str:
         return f"{self.arm}, {self.bits:.2g} bits a parameter: {self.comparison.verdict}"
 
 
-def demand_finding(reference: str, arms: Sequence[Demanded]) -> Finding:
-    """``broken`` by any of them, else ``undecided`` by any of them, else ``holds``."""
-    said = {arm.said for arm in arms}
-    verdict = next(word for word in ("broken", "undecided", "holds") if word in said)
-    return Finding(ASKED.format(reference=reference), verdict, "; ".join(map(str, arms)))
+def demand_findings(reference: str, arms: Sequence[Demanded]) -> list[Finding]:
+    """First what the argument promises, that room is enough: ``holds`` if no arm that has it falls behind, ``broken`` if one does, else
+    ``undecided``. Then what it leaves open: how many of the arms fall behind that have no room. ``untested`` where there is no such arm."""
+    enough = [arm for arm in arms if arm.bits <= 1]
+    short = [arm for arm in arms if arm.bits > 1]
+    verdicts = {arm.comparison.verdict for arm in enough}
+    promised = next((word for word, verdict in (("broken", "worse"), ("undecided", "undecided")) if verdict in verdicts), "holds")
+    behind = sum(arm.comparison.verdict == "worse" for arm in short)
+    return [
+        Finding(
+            f"adapters with a parameter or more for each bit do not fall behind {reference}",
+            promised if enough else "untested",
+            "; ".join(map(str, enough)),
+        ),
+        Finding(
+            f"adapters with more bits than parameters fall behind {reference}",
+            f"{behind} of {len(short)}" if short else "untested",
+            "; ".join(map(str, short)),
+        ),
+    ]

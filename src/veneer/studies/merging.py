@@ -4,16 +4,17 @@ An adapter beside the base is a sum of products, and costs nothing but those. Me
 the base, and what is smaller than half of a weight's last bit is gone: with bfloat16's eight significant bits a small update can lose
 most (https://arxiv.org/abs/2505.11711 counts what is left). Nor can a merged adapter be switched off.
 
-Adapters are trained by reinforcement learning, one a seed, and merged at full strength and at less, as updates of longer training on wider
-models are smaller beside their weights than these. Merged weights are read back and run in float32, so what is found is what storing
-cost. Log-probabilities are those of the adapter's own answers to held-out problems.
+Adapters are trained by reinforcement learning, one a seed. In every dtype the base is rounded first, as models are published, and then
+asked twice: with the adapter beside it, and with the adapter merged into the rounded weights. Both compute in float32, so what is found
+is what storing the sum cost. A weaker adapter is the same times a factor: a step of learning changes wide models less beside their
+weights than this base. Log-probabilities are those of the adapter's own answers to held-out problems.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.store.adapters import read_adapter
 from veneer.store.stack import stack_adapters
 from veneer.studies.bench import Bench, Merge
-from veneer.studies.contest import Arm, Terms, overridden
+from veneer.studies.contest import Terms, overridden
 from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, Lab, Outcome, Place
-from veneer.studies.result import Finding, Result
-from veneer.studies.toggle import ask, problem_prompts
+from veneer.studies.result import Finding, Result, interval_of
+from veneer.studies.toggle import LOW_RANK, ask, problem_prompts
 from veneer.train.config import RunConfig, make_config
 from veneer.train.evaluate import evaluate
 from veneer.train.rollouts import Policy, closing
-from veneer.types import Checkpoint, ConfigError, Datum, Engine, SamplingParams, Tokens
+from veneer.types import Checkpoint, ConfigError, Datum, Engine, RunError, SamplingParams, Tokens
 
 QUESTION = "Is an adapter that was merged into the base's weights what it is beside them?"
 CLAIMS = (22,)
@@ -43,10 +44,8 @@ SHARED: Mapping[str, Any] = {
     "eval": {"problems": 64, "every": 20},
     "lora": {"rank": 1},
 }
-LOW_RANK = Arm("adapter", {"weights": "lora"}, ())
-"""What the study is about: it stays."""
 DTYPES = ("float32", "float16", "bfloat16")
-STRENGTHS: Sequence[float] = (1.0, 0.25, 0.0625)
+STRENGTHS: Sequence[float] = (1.0, 2**-2, 2**-4, 2**-6)
 PROBLEMS = 256
 SOLVED_MARGIN = 0.02
 GAP = 1e-3
@@ -57,14 +56,14 @@ BESIDE = "(beside)"
 
 @dataclass(frozen=True)
 class Beside:
-    """An adapter beside the base, at one strength."""
+    """An adapter beside a base, at one strength."""
 
     rows: Sequence[tuple[int, Tokens]]
-    """Prompts with its answers, and how long the prompt is."""
-    base: NDArray[np.float64]
-    """Log-probabilities of all answers' tokens without it,"""
+    """How long each prompt is, and the prompt with an answer of the adapter's."""
     adapted: NDArray[np.float64]
-    """and with it."""
+    """Log-probabilities of all answers' tokens."""
+    effect: float
+    """Root mean square of their difference from those of the base alone, in nats."""
     solved: float
 
 
@@ -80,7 +79,7 @@ class Merged:
     gap: float
     """Largest, of its log-probabilities to those of base and adapter, in nats."""
     gap_share: float
-    """Root mean square of the gaps over that of the adapter's effect."""
+    """Root mean square of the gaps over the adapter's effect."""
     solved: float
     solved_beside: float
 
@@ -88,25 +87,36 @@ class Merged:
 async def conduct(lab: Lab, terms: Terms) -> Result:
     """Raises:
     ConfigError: an override that cannot be applied, or is of what the study itself decides; a lab that cannot merge.
+    RunError: a run has left the base as it was.
     Interrupted, VeneerError: as ``Lab.run``.
     """
     shared = {**overridden(SHARED, [LOW_RANK], terms), **LOW_RANK.settings}
     configs = [make_config({**shared, "seed": seed}) for seed in range(terms.seeds)]
     if lab.merge is None or lab.bench is None:
         raise ConfigError("merging: this lab has nothing to merge with")
+    merger = Merger(lab.merge, lab.bench)
     outcomes = await lab.run(configs)
-    place = lab.place(configs[0])
-    prompts = await problem_prompts(place, configs[0])
+    renderer = lab.place(configs[0]).renderer
+    prompts = await problem_prompts(lab.place(configs[0]), configs[0])
+    adapters = [read_adapter(outcome.folder / ADAPTER)[0] for outcome in outcomes]
     found = list[Merged]()
-    for outcome in outcomes:
-        whole = read_adapter(outcome.folder / ADAPTER)[0]
-        for strength in STRENGTHS:
-            checkpoint = stack_adapters([(whole, strength)], BESIDE)
-            beside = await _beside(place, prompts, checkpoint, outcome.config)
-            for dtype in DTYPES:
-                lab.go_on()
-                found.append(await _merged(lab.merge, lab.bench, place, outcome, checkpoint, strength, dtype, beside))
+    with tempfile.TemporaryDirectory(prefix="veneer-merging-") as scratch:
+        for dtype in DTYPES:
+            folder = Path(scratch) / dtype
+            lab.merge(configs[0].base, stack_adapters([(adapters[0], 0.0)], BESIDE), folder, dtype)
+            place = Place(merger.open(folder), renderer)
+            for outcome, adapter in zip(outcomes, adapters, strict=True):
+                for strength in STRENGTHS:
+                    lab.go_on()
+                    checkpoint = stack_adapters([(_moved(adapter, place.engine), strength)], BESIDE)
+                    beside = await _beside(place, prompts, checkpoint, outcome.config)
+                    found.append(await merger.examine(folder, place, outcome, checkpoint, strength, dtype, beside))
     return merging_result(found, outcomes)
+
+
+def _moved(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
+    """To the engine's base, which is the adapter's own but for rounding."""
+    return replace(checkpoint, adapter=replace(checkpoint.adapter, base_digest=engine.base_digest))
 
 
 async def _beside(place: Place, prompts: Sequence[Tokens], checkpoint: Checkpoint, config: RunConfig) -> Beside:
@@ -118,33 +128,49 @@ async def _beside(place: Place, prompts: Sequence[Tokens], checkpoint: Checkpoin
             for prompt, samples in zip(prompts, answers, strict=True)
             for sample in samples
         ]
-        base, adapted = await _logprobs(place.engine, None, rows), await _logprobs(place.engine, BESIDE, rows)
-        return Beside(rows, base, adapted, await _solved(place, BESIDE, config))
+        base, adapted = await answers_logprobs(place.engine, None, rows), await answers_logprobs(place.engine, BESIDE, rows)
+        effect = _rms(adapted - base)
+        if not effect:
+            raise RunError(
+                f"merging: the adapter of seed {config.seed} changes no log-probability; train it on what the base can be rewarded"
+            )
+        return Beside(rows, adapted, effect, await _solved(place, BESIDE, config))
     finally:
         place.engine.remove_adapter(BESIDE)
 
 
-async def _merged(
-    merge: Merge, bench: Bench, place: Place, outcome: Outcome, checkpoint: Checkpoint, strength: float, dtype: str, beside: Beside
-) -> Merged:
-    with tempfile.TemporaryDirectory(prefix="merged-", dir=outcome.folder) as name:
-        stored = merge(outcome.config.base, checkpoint, Path(name), dtype)
-        merged = Place(bench.open(name, "lora").engine, place.renderer)
-    gaps, effect = await _logprobs(merged.engine, None, beside.rows) - beside.adapted, _rms(beside.adapted - beside.base)
-    return Merged(
-        seed=outcome.config.seed,
-        strength=strength,
-        dtype=dtype,
-        lost=stored.lost,
-        changed=stored.changed,
-        gap=float(np.abs(gaps).max()),
-        gap_share=_rms(gaps) / effect if effect else 0.0,
-        solved=await _solved(merged, None, outcome.config),
-        solved_beside=beside.solved,
-    )
+@dataclass(frozen=True)
+class Merger:
+    """What merges, and opens what was merged."""
+
+    merge: Merge
+    bench: Bench
+
+    def open(self, folder: Path) -> Engine:
+        return self.bench.open(str(folder), "lora", exact=True).engine
+
+    async def examine(
+        self, base: Path, place: Place, outcome: Outcome, checkpoint: Checkpoint, strength: float, dtype: str, beside: Beside
+    ) -> Merged:
+        """``base``: the folder of what ``place`` runs."""
+        with tempfile.TemporaryDirectory(dir=base.parent) as name:
+            stored = self.merge(str(base), checkpoint, Path(name), dtype)
+            merged = Place(self.open(Path(name)), place.renderer)
+        gaps = await answers_logprobs(merged.engine, None, beside.rows) - beside.adapted
+        return Merged(
+            seed=outcome.config.seed,
+            strength=strength,
+            dtype=dtype,
+            lost=stored.lost,
+            changed=stored.changed,
+            gap=float(np.abs(gaps).max()),
+            gap_share=_rms(gaps) / beside.effect,
+            solved=await _solved(merged, None, outcome.config),
+            solved_beside=beside.solved,
+        )
 
 
-async def _logprobs(engine: Engine, name: str | None, rows: Sequence[tuple[int, Tokens]]) -> NDArray[np.float64]:
+async def answers_logprobs(engine: Engine, name: str | None, rows: Sequence[tuple[int, Tokens]]) -> NDArray[np.float64]:
     """Of all answers' tokens, one behind the other."""
     data = []
     for _, row in rows:
@@ -170,15 +196,14 @@ def _rms(values: NDArray[np.float64]) -> float:
 def merging_result(found: Sequence[Merged], outcomes: Sequence[Outcome]) -> Result:
     findings = [_of_precision(found)]
     for dtype in DTYPES:
-        for strength in STRENGTHS:
-            mine = _of(found, dtype, strength)
-            told = compare_seeds([m.solved for m in mine], [m.solved_beside for m in mine], SOLVED_MARGIN)
-            findings.append(Finding(f"solved: merged in {dtype} beside not merged, {_strength(strength)}", told.verdict, told.numbers))
-    for dtype in DTYPES[1:]:
-        for strength in STRENGTHS:
-            shares = [m.gap_share for m in _of(found, dtype, strength)]
-            asked = f"of the adapter's effect on log-probabilities, what storing it in {dtype} adds as noise, {_strength(strength)}"
-            findings.append(Finding(asked, f"{t_interval(shares).value:.2f}", _interval(shares)))
+        mine = _of(found, dtype, STRENGTHS[0])
+        told = compare_seeds([m.solved for m in mine], [m.solved_beside for m in mine], SOLVED_MARGIN)
+        findings.append(Finding(f"held-out problems solved: merged in {dtype} beside not merged", told.verdict, told.numbers))
+    for strength in STRENGTHS:
+        shares = [m.gap_share for m in _of(found, DTYPES[-1], strength)]
+        how = "at full strength" if strength == 1 else f"at {strength:.2g} of its strength"
+        asked = f"what merging in {DTYPES[-1]} takes or adds, over the adapter's effect on log-probabilities, {how}"
+        findings.append(Finding(asked, f"{t_interval(shares).value:.2g}", interval_of(shares)))
     document = {
         "merged": [asdict(one) for one in found],
         "trained": [{"seed": o.config.seed, "before": o.score_before, "after": o.score, "diverged": o.diverged} for o in outcomes],
@@ -199,15 +224,6 @@ def _of(found: Sequence[Merged], dtype: str, strength: float) -> list[Merged]:
     return [one for one in found if (one.dtype, one.strength) == (dtype, strength)]
 
 
-def _strength(strength: float) -> str:
-    return "at full strength" if strength == 1 else f"at {strength:g} of its strength"
-
-
-def _interval(values: Sequence[float]) -> str:
-    mean = t_interval(values)
-    return f"{mean.value:.3g} [{mean.low:.3g}, {mean.high:.3g}]"
-
-
 def _tables(found: Sequence[Merged], outcomes: Sequence[Outcome]) -> str:
     lines = ["| stored in | strength | lost of the update | weights that moved | largest gap, nats | gap over effect | solved | beside |"]
     lines.append("|---" * 8 + "|")
@@ -215,14 +231,14 @@ def _tables(found: Sequence[Merged], outcomes: Sequence[Outcome]) -> str:
         for strength in STRENGTHS:
             mine = _of(found, dtype, strength)
             columns = ("lost", "changed", "gap", "gap_share", "solved", "solved_beside")
-            cells = [_interval([getattr(one, column) for one in mine]) for column in columns]
-            lines.append(f"| {dtype} | {strength:g} | {' | '.join(cells)} |")
+            cells = [interval_of([getattr(one, column) for one in mine]) for column in columns]
+            lines.append(f"| {dtype} | {strength:.2g} | {' | '.join(cells)} |")
     trained = ", ".join(f"{o.score_before:.3f} -> {o.score:.3f}" + (" (diverged)" if o.diverged else "") for o in outcomes)
     lines += [
         "",
-        "Means over seeds with 95% intervals; lost and gap over effect are of root mean squares: 0 is all there, 1 as much noise as",
+        "Means over seeds with 95% intervals; lost and gap over effect are ratios of root mean squares: 0 is the whole adapter, 1 is an",
     ]
-    lines += [f"update. The adapters' rewards on held-out problems, before and after training: {trained}."]
+    lines += [f"error as large as the adapter. Their rewards on held-out problems, before and after training: {trained}."]
     return "\n".join(lines) + "\n"
 
 
@@ -230,7 +246,7 @@ def _draw(found: Sequence[Merged], path: Path) -> None:
     """Left: what storing loses, by strength. Right: what is solved, merged and beside."""
     with picture(path, 8.4, 3.2) as figure:
         left, right = figure.subplots(1, 2)
-        for dtype, colour in zip(DTYPES, ("#555555", "#0066cc", "#cc5500"), strict=True):
+        for dtype, colour in zip(DTYPES, ("#555555", "#0066cc", "#cc5500"), strict=False):
             for axes, column in ((left, "gap_share"), (right, "solved")):
                 around = [t_interval([getattr(one, column) for one in _of(found, dtype, strength)]) for strength in STRENGTHS]
                 bars = [[m.value - m.low for m in around], [m.high - m.value for m in around]]
@@ -239,7 +255,7 @@ def _draw(found: Sequence[Merged], path: Path) -> None:
                 )
         beside = [t_interval([one.solved_beside for one in _of(found, DTYPES[0], strength)]).value for strength in STRENGTHS]
         right.plot(STRENGTHS, beside, color="black", linestyle=":", label="not merged")
-        left.set(xscale="log", yscale="log", xlabel="strength of the adapter", ylabel="noise over effect on log-probabilities")
+        left.set(xscale="log", yscale="log", xlabel="strength of the adapter", ylabel="error over effect on log-probabilities")
         right.set(xscale="log", xlabel="strength of the adapter", ylabel="share of held-out problems solved", ylim=(0, 1))
         left.legend(frameon=False, fontsize=7)
         right.legend(frameon=False, fontsize=7)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from veneer.measure.verdict import t_interval
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -17,6 +19,12 @@ class Finding:
     """equal, better, worse or undecided; or a number, where one is asked for."""
     numbers: str
     """What the verdict rests on, in a line."""
+
+
+def interval_of(values: Sequence[float]) -> str:
+    """The mean over seeds with its 95% interval, in words."""
+    mean = t_interval(values)
+    return f"{mean.value:.3g} [{mean.low:.3g}, {mean.high:.3g}]"
 
 
 @dataclass(frozen=True)
