@@ -201,7 +201,7 @@ def merging_result(found: Sequence[Merged], outcomes: Sequence[Outcome]) -> Resu
         findings.append(Finding(f"held-out problems solved: merged in {dtype} beside not merged", told.verdict, told.numbers))
     for strength in STRENGTHS:
         shares = [m.gap_share for m in _of(found, DTYPES[-1], strength)]
-        how = "at full strength" if strength == 1 else f"at {strength:.2g} of its strength"
+        how = "at full strength" if strength == 1 else f"at 1/{1 / strength:g} of its strength"
         asked = f"what merging in {DTYPES[-1]} takes or adds, over the adapter's effect on log-probabilities, {how}"
         findings.append(Finding(asked, f"{t_interval(shares).value:.2g}", interval_of(shares)))
     document = {
@@ -232,7 +232,7 @@ def _tables(found: Sequence[Merged], outcomes: Sequence[Outcome]) -> str:
             mine = _of(found, dtype, strength)
             columns = ("lost", "changed", "gap", "gap_share", "solved", "solved_beside")
             cells = [interval_of([getattr(one, column) for one in mine]) for column in columns]
-            lines.append(f"| {dtype} | {strength:.2g} | {' | '.join(cells)} |")
+            lines.append(f"| {dtype} | {strength:.3g} | {' | '.join(cells)} |")
     trained = ", ".join(f"{o.score_before:.3f} -> {o.score:.3f}" + (" (diverged)" if o.diverged else "") for o in outcomes)
     lines += [
         "",
