@@ -29,6 +29,7 @@ def test_all_batches_read_as_much(tmp_path: Path) -> None:
     assert rows[8].pop() == pytest.approx(6 * len(train), rel=0.05)
     for size in rewarded.batches:
         for arm in arms(rewarded, size):
+            assert len(arm.rates) >= 5
             rl = make_config({**batch.REWARDED, **arm.settings}).rl
             assert rl.groups_per_batch * rl.group_size == size
             assert rl.steps * size == EPISODES
