@@ -145,4 +145,4 @@ def _draw(contest: Contest, parameters: Mapping[str, int], path: Path) -> None:
         axes.axvline(1, color="#999999", linewidth=0.8)
         axes.set(xscale="log", xlabel="bits received, a parameter", ylabel="score on held-out problems")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=7, loc="lower left")
+        axes.legend(frameon=False, fontsize=7, loc="center left")
