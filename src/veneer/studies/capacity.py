@@ -248,6 +248,7 @@ def _draw(contests: Mapping[int, Contest], parameters: Mapping[str, int], path: 
             axes.axhline(facts * FACT_BITS, color=colour, linewidth=0.6, linestyle=":")
         spread = [min(parameters.values()), max(parameters.values())]
         top = 1.1 * max(contests) * FACT_BITS
+        bottom = 1.1 * min([0.0, *(m.stored for contest in contests.values() for e in contest.entrants for m in memories(e))])
         for rate in (1, 2):
             axes.plot(
                 spread,
@@ -256,5 +257,5 @@ def _draw(contests: Mapping[int, Contest], parameters: Mapping[str, int], path: 
                 linewidth=0.8,
                 label=f"{rate} bit{'s' if rate > 1 else ''} a parameter",
             )
-        axes.set(xscale="log", xlabel="parameters", ylabel="bits stored", ylim=(min(0.0, axes.get_ylim()[0]), top))
+        axes.set(xscale="log", xlabel="parameters", ylabel="bits stored", ylim=(bottom, top))
         axes.legend(frameon=False, fontsize=7)
