@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from veneer.measure.verdict import t_interval
 from veneer.store.adapters import read_adapter
 from veneer.studies.contest import Arm, Contest, Entrant, Terms, hold_contest, overridden
@@ -246,16 +248,11 @@ def _draw(contests: Mapping[int, Contest], parameters: Mapping[str, int], path: 
                 counts, [m.value for m in around], yerr=bars, color=colour, fmt="o", markersize=4, capsize=3, label=f"{facts} facts"
             )
             axes.axhline(facts * FACT_BITS, color=colour, linewidth=0.6, linestyle=":")
-        spread = [min(parameters.values()), max(parameters.values())]
+        room = np.geomspace(min(parameters.values()) / 4, max(parameters.values()), 200)
         top = 1.1 * max(contests) * FACT_BITS
         bottom = 1.1 * min([0.0, *(m.stored for contest in contests.values() for e in contest.entrants for m in memories(e))])
-        for rate in (1, 2):
-            axes.plot(
-                spread,
-                [rate * count for count in spread],
-                color="#999999",
-                linewidth=0.8,
-                label=f"{rate} bit{'s' if rate > 1 else ''} a parameter",
-            )
+        for rate, style in ((1, "-"), (2, "--")):
+            label = f"{rate} bit{'s' if rate > 1 else ''} a parameter"
+            axes.plot(room, rate * room, color="#999999", linewidth=0.8, linestyle=style, label=label)
         axes.set(xscale="log", xlabel="parameters", ylabel="bits stored", ylim=(bottom, top))
         axes.legend(frameon=False, fontsize=7)
