@@ -90,6 +90,17 @@ def test_overlap_beside_its_two_nulls() -> None:
         overlap_of(weights, anywhere[0], [np.zeros_like(m) for m in anywhere[0]])
 
 
+def test_what_a_first_step_shows_is_a_matter_of_magnitude_alone() -> None:
+    """All weights move by one rate, either way: those become visible that are small enough, few as they are, and the same in every seed."""
+    weights = [in_bfloat16(normal(64, 128, scale=0.1)), in_bfloat16(normal(128, 512, scale=0.05))]
+    signs = [[RNG.choice(np.float32([-1, 1]), w.shape) for w in weights] for _ in range(2)]
+    masks = [[visible(w, 1e-6 * sign, "bfloat16") for w, sign in zip(weights, some, strict=True)] for some in signs]
+    found = overlap_of(weights, *masks)
+    assert found.chance < 0.02
+    assert found.measured > 0.95
+    assert found.by_magnitude == pytest.approx(found.measured, abs=0.05)
+
+
 def test_ranks() -> None:
     assert effective_rank(np.ones(7)) == pytest.approx(7.0)
     assert effective_rank(np.array([2.0, 0.0, 0.0])) == pytest.approx(1.0)

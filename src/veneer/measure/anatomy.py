@@ -151,7 +151,8 @@ class Overlap:
 
 
 def overlap_of(weights: Sequence[Array], one: Sequence[NDArray[np.bool_]], other: Sequence[NDArray[np.bool_]]) -> Overlap:
-    """Of masks of changed weights, matrix by matrix; magnitudes are binned within a matrix.
+    """Of masks of changed weights, matrix by matrix. Magnitudes are binned within a matrix: by powers of two, between which the distance
+    of neighbouring numbers of a dtype changes and with it what is visible, and by BINS quantiles.
 
     Raises:
         ValueError: a mask without a changed weight.
@@ -162,8 +163,13 @@ def overlap_of(weights: Sequence[Array], one: Sequence[NDArray[np.bool_]], other
         counts += first.sum(), second.sum()
         both += float((first & second).sum())
         chance += float(first.sum()) * float(second.sum()) / first.size
-        for part in np.array_split(np.argsort(np.abs(values), axis=None, kind="stable"), min(BINS, values.size)):
-            matched += float(first.ravel()[part].sum()) * float(second.ravel()[part].sum()) / len(part)
+        sizes = np.abs(values).ravel()
+        order = np.argsort(sizes, kind="stable")
+        exponents = np.frexp(sizes[order])[1]
+        quantiles = np.arange(min(BINS, values.size)) * values.size // min(BINS, values.size)
+        starts = np.union1d(quantiles, np.flatnonzero(np.diff(exponents)) + 1)
+        theirs, ours = (np.add.reduceat(mask.ravel()[order], starts, dtype=np.float64) for mask in (first, second))
+        matched += float((theirs * ours / np.diff(np.append(starts, values.size))).sum())
     if not counts.all():
         raise ValueError("an update that changed nothing overlaps with nothing")
     mean = float((1 / counts).mean())

@@ -6,6 +6,10 @@ checkpoints in bfloat16 5 to 30% of the weights differ after reinforcement learn
 rate for every weight, and bfloat16 shows no change below 1/512 of the weight it is added to: what becomes visible may be a matter of
 sizes alone. The null model deals the same updates out anew among the weights of each matrix, and the overlap of two seeds is compared
 with that of two that choose by magnitude alone.
+
+Weights are rounded to bfloat16 before updates are added, as those of published models are numbers of bfloat16 to begin with. One that lies
+between two such numbers and near their middle is shown to change by the smallest update, and is the same one in every seed; how much is
+visible of the base's float32 weights as they are is told beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from veneer.measure.anatomy import Overlap, Update, Visible, overlap_of, share_visible, updates_of, visible
+from veneer.measure.anatomy import Overlap, Update, Visible, in_bfloat16, overlap_of, share_visible, updates_of, visible
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.store.adapters import read_adapter
 from veneer.studies.contest import Arm, Terms, config_of, overridden, terms_for
@@ -66,6 +70,8 @@ class Shown:
     steps: int
     visible: Sequence[Visible]
     """In bfloat16, for each seed."""
+    unrounded: Sequence[Visible]
+    """The same of weights that were not rounded before."""
     moved: Sequence[float]
     """Shares that changed in float32."""
     beyond: Sequence[float]
@@ -123,17 +129,18 @@ async def _base(lab: Lab, config: RunConfig) -> Weights:
 
 def _look(base: Weights, way: str, rate: float, steps: int, outcomes: Sequence[Outcome]) -> Shown:
     updates = [updates_of(base, read_adapter(outcome.folder / ADAPTER)[0].weights, None) for outcome in outcomes]
-    masks = [[visible(base[name], update.rows(), "bfloat16") for name, update in found.items()] for found in updates]
+    rounded = {name: in_bfloat16(base[name]) for name in updates[0]}
+    masks = [[visible(rounded[name], update.rows(), "bfloat16") for name, update in found.items()] for found in updates]
     some = [mask for mask in masks if any(part.any() for part in mask)]
-    weights = [base[name] for name in updates[0]]
     return Shown(
         way,
         rate,
         steps,
+        [share_visible(rounded, found, "bfloat16") for found in updates],
         [share_visible(base, found, "bfloat16") for found in updates],
         [_share(base, found, "float32", 0.0) for found in updates],
-        [_share(base, found, "bfloat16", 1e-5) for found in updates],
-        [overlap_of(weights, one, other) for one, other in itertools.pairwise(some)],
+        [_share(rounded, found, "bfloat16", 1e-5) for found in updates],
+        [overlap_of(list(rounded.values()), one, other) for one, other in itertools.pairwise(some)],
         [outcome.score - outcome.score_before for outcome in outcomes],
     )
 
@@ -177,13 +184,27 @@ def _of_steps(shown: Sequence[Shown]) -> Finding:
 
 
 def _tables(shown: Sequence[Shown]) -> str:
-    heads = ("way, learning rate", "steps", "gained", "changed in float32", "in bfloat16", "by sizes alone", "by more than 1e-5")
+    heads = (
+        "way, learning rate",
+        "steps",
+        "gained",
+        "changed in float32",
+        "in bfloat16",
+        "by sizes alone",
+        "unrounded before",
+        "by more than 1e-5",
+    )
     heads += ("overlap of seeds", "by magnitude", "by chance")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in shown:
         overlaps = [[getattr(o, key) for o in one.overlaps] for key in ("measured", "by_magnitude", "chance")]
         cells = [f"{one.steps}", f"{t_interval(one.gained).value:+.3f}", _percent(one.moved), _percent([v.measured for v in one.visible])]
-        cells += [_percent([v.null for v in one.visible]), _percent(one.beyond), *(_percent(values) for values in overlaps)]
+        cells += [
+            _percent([v.null for v in one.visible]),
+            _percent([v.measured for v in one.unrounded]),
+            _percent(one.beyond),
+            *(_percent(values) for values in overlaps),
+        ]
         lines.append(f"| {one.name} | {' | '.join(cells)} |")
     return (
         "\n".join(
@@ -211,6 +232,7 @@ def _one(one: Shown) -> dict[str, Any]:
         "steps": one.steps,
         "bfloat16": [v.measured for v in one.visible],
         "bfloat16_by_sizes_alone": [v.null for v in one.visible],
+        "bfloat16_unrounded_before": [v.measured for v in one.unrounded],
         "float32": one.moved,
         "beyond_1e-5": one.beyond,
         "overlaps": [[o.measured, o.by_magnitude, o.chance] for o in one.overlaps],
