@@ -242,7 +242,7 @@ def _one(one: Shown) -> dict[str, Any]:
 
 def _draw(every: Sequence[Shown], path: Path) -> None:
     """Left: what is visible, by learning rate. Middle: by steps. Right: what two seeds share."""
-    with picture(path, 11.4, 3.2) as figure:
+    with picture(path, 11.4, 4.0) as figure:
         left, middle, right = figure.subplots(1, 3)
         for way, colour in ((REWARDED, "#0066cc"), (SHOWN, "#cc5500")):
             mine = [one for one in _longest(every) if one.way == way]
@@ -264,7 +264,7 @@ def _draw(every: Sequence[Shown], path: Path) -> None:
         ):
             axes.set_xscale("log")
             axes.set(xlabel=across, ylabel=up, ylim=(-0.02, 1.02))
-            axes.legend(frameon=False, fontsize=7)
+            axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=3)
 
 
 def _line(
