@@ -16,7 +16,7 @@ from veneer.studies.contest import Arm, Terms, thinned
 from veneer.studies.lab import Lab
 from veneer.studies.result import Finding, Result
 from veneer.train.session import Interrupted
-from veneer.types import ConfigError, RunError, VeneerError
+from veneer.types import ConfigError, RunError
 
 FULL = Terms(5, 2)
 
@@ -47,7 +47,7 @@ def test_a_coarse_grid_is_each_second_rate() -> None:
     assert thinned([arm], Terms(2, 1)) == [arm]
 
 
-def study(name: str, seconds: Callable[[Terms], float], error: Callable[[Terms], VeneerError | None] = lambda terms: None) -> Study:
+def study(name: str, seconds: Callable[[Terms], float], error: Callable[[Terms], Exception | None] = lambda terms: None) -> Study:
     """One whose only work is to wait, as interruptibly as runs are."""
 
     async def conduct(lab: Lab, terms: Terms) -> Result:
@@ -95,10 +95,13 @@ def test_what_is_never_reached_is_left_out_in_words(tmp_path: Path) -> None:
     assert found["behind"].shrunk(FULL) == "left out: the time was over before its smallest form was done"
 
 
-def test_a_study_that_fails_does_not_take_others_with_it(tmp_path: Path) -> None:
+def test_a_study_that_fails_does_not_take_others_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     refuses = study("refuses", lambda t: 0.0, lambda t: ConfigError("nothing to set"))
     breaks = study("breaks", lambda t: 0.0, lambda t: RunError("the disk is full") if t.seeds == 3 else None)
-    found, _ = made_within(tmp_path, 60, refuses, breaks, study("goes on", lambda t: 0.0))
+    faulty = study("faulty", lambda t: 0.0, lambda t: KeyError("eval/mean_nll"))
+    found, _ = made_within(tmp_path, 60, refuses, breaks, faulty, study("goes on", lambda t: 0.0))
+    assert found["faulty"].shrunk(FULL) == "left out; a fault of Veneer's own, shown above: KeyError: 'eval/mean_nll'"
+    assert "Traceback" in caplog.text
     assert found["refuses"].shrunk(FULL) == "left out; nothing to set"
     assert found["breaks"].shrunk(FULL) == "2 of 5 seeds, 1 of 2 choice seeds; the disk is full"
     assert found["goes on"].terms == FULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from veneer.studies.result import Result
 from veneer.train.session import Interrupted
 from veneer.types import ConfigError, VeneerError
 
+LOG = logging.getLogger("veneer.studies")
 SMALLER: Sequence[Terms] = (Terms(2, 1, coarse=True), Terms(2, 1), Terms(3, 1))
 
 
@@ -66,8 +68,8 @@ def seconds_of(text: str) -> float:
 async def within(budget: float, lab: Lab, studies: Sequence[Study], full: Terms, made: Callable[[Reached], None]) -> list[Reached]:
     """Make the studies, all of them on one level and then on the next, until ``budget`` seconds are over or all are there in full.
 
-    A study that refuses an override, or fails, is left where it is, and the others go on. ``made``: told of a study whenever it has been
-    finished on a level.
+    A study that refuses an override, or fails in whatever way, is left where it is, and the others go on. ``made``: told of a study
+    whenever it has been finished on a level.
 
     Raises:
         Interrupted: the user stopped it; what was done is kept.
@@ -87,6 +89,8 @@ async def within(budget: float, lab: Lab, studies: Sequence[Study], full: Terms,
             for one in reached:
                 if not one.failed:
                     await _advance(one, lab, level, made)
+                    if over.is_set():
+                        stop()
     except Interrupted:
         if not over.is_set():
             raise
@@ -100,8 +104,12 @@ async def _advance(one: Reached, lab: Lab, level: Terms, made: Callable[[Reached
         one.result = await one.study.conduct(lab, level)
     except Interrupted:
         raise
-    except VeneerError as error:
-        one.failed = str(error)
+    except Exception as error:
+        if isinstance(error, VeneerError):
+            one.failed = str(error)
+        else:  # a fault of ours: an evening of other studies is not to be lost for it
+            LOG.exception("the study %s failed", one.study.name)
+            one.failed = f"a fault of Veneer's own, shown above: {type(error).__name__}: {error}"
         lab.stop.clear()  # one run's failure stops those beside it
         return
     one.terms = level
