@@ -76,7 +76,7 @@ SECTIONS: Sequence[Section] = (
                 "The best learning rate is about ten times that of full fine-tuning, whatever the rank.",
                 {"learning_rate": "", "early": "", "horizon": "", "rank": "^best learning rate"},
             ),
-            Sentence("It bears large batches less well.", {"batch": ""}),
+            Sentence("It bears large batches less well.", {"batch": "", "batch_rl": ""}),
         ),
     ),
     Section(
