@@ -7,7 +7,7 @@
 # make seeds        the quickstart on seeds 0-4 -> docs/results.md
 # make interference three behaviours alone and stacked on each other's tasks -> docs/results.md
 # make environments  the recipe of every environment on seeds 0-2 -> docs/results.md; about forty minutes on two cores
-# make studies      claims about low rank, as runs with a verdict -> docs/studies, docs/article.md; an evening on two cores
+# make studies      claims about low rank, as runs with a verdict -> docs/studies, docs/article.md; some hours on two cores
 # make bench        every benchmark beside its peers -> benchmarks/RESULTS.md; about an hour on two cores
 # make narrow       pretrain a base half as wide as nano -> build/narrow; half an hour of a core
 # make rates        what veneer plan says of learning rates beside swept ones, on nano and on that -> docs/plan.md; about an hour of a core
