@@ -154,9 +154,23 @@ def test_demonstrations_are_scored_by_their_loss(tmp_path: Path) -> None:
     assert known.score == -known.metrics[-1]["train_mean_nll"] > known.score_before, "where nothing is held out, that of its batches"
 
 
+def test_imitation_is_scored_like_reward_and_one_that_spoils_everything_is_kept(tmp_path: Path) -> None:
+    rejection = {"rounds": 2, "problems": 8, "group_size": 4, "steps": 3, "batch_size": 4}
+    tree = {"kind": "rejection", "env": {"name": "sort"}, "lora": {"rank": 1}, "eval": {"problems": 8}}
+    sound, wild = (make_config({**tree, "rejection": {**rejection, "learning_rate": rate}}) for rate in (1e-3, 0.3))
+    good, bad = asyncio.run(lab(tmp_path).run([sound, wild]))
+    assert good.diverged is None
+    assert good.score == good.metrics[-1]["eval/reward"]
+    assert bad.diverged is not None
+    assert "round 2: none of 32 episodes" in bad.diverged
+    assert bad.score == 0.0
+    assert bad.score_before == good.score_before > 0
+    assert asyncio.run(lab(tmp_path, never).run([wild])) == [bad]
+
+
 def test_other_loops_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a study's runs are rl or sft"):
-        asyncio.run(lab(tmp_path).run([make_config({"kind": "rejection"})]))
+    with pytest.raises(ConfigError, match="a study's runs are rl, rejection or sft"):
+        asyncio.run(lab(tmp_path).run([make_config({"kind": "dpo"})]))
 
 
 def test_one_that_fails_loses_nothing_of_the_others(tmp_path: Path) -> None:

@@ -10,6 +10,18 @@ from typing import Any
 from veneer.studies.catalogue import in_options
 
 ARTICLE = "article.md"
+OPEN = ("undecided", "untested")
+"""Verdicts that say nothing for a sentence, and nothing against it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a finding would be, were the sentence true."""
+
+    study: str
+    asked: str
+    """Which finding: a regular expression of what was asked."""
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -17,9 +29,8 @@ class Sentence:
     says: str
     """What is argued, in a sentence."""
     studies: Mapping[str, str]
-    """Studies that test it: which of their findings, as a regular expression of what was asked."""
-    missing: str = ""
-    """What would have to be measured, where no study does."""
+    """Studies that test it: which of their findings are shown, as a regular expression of what was asked."""
+    predicts: Sequence[Prediction]
 
 
 @dataclass(frozen=True)
@@ -32,10 +43,22 @@ SECTIONS: Sequence[Section] = (
     Section(
         "The signal is sparse",
         (
-            Sentence("An episode of reinforcement learning gives about one bit: right or wrong.", {"bandit": "", "groups": ""}),
+            Sentence(
+                "An episode of reinforcement learning gives about one bit: right or wrong.",
+                {"bandit": "", "groups": ""},
+                (
+                    Prediction("bandit", "^no episode tells more than", "holds"),
+                    Prediction("bandit", "^the ideal learner takes", "equal"),
+                    Prediction("bandit", "^REINFORCE solves it in", "equal"),
+                ),
+            ),
             Sentence(
                 "Supervision of every token is dense; a reward at the end throws most of that away.",
                 {"feedback": ""},
+                tuple(
+                    Prediction("feedback", f"^episodes to .* over those by {signal}$", "more")
+                    for signal in ("steps", "tokens", "demonstrations")
+                ),
             ),
         ),
     ),
@@ -43,48 +66,147 @@ SECTIONS: Sequence[Section] = (
         "What it buys, and what it costs",
         (
             Sentence(
+                "It explores, and finds what imitation would not show it.",
+                {"exploration": ""},
+                (
+                    Prediction("exploration", "^imitating the base beside reward", "worse"),
+                    Prediction("exploration", "^of .*: reward beside the base", "better"),
+                    Prediction("exploration", "^of .*: imitating the base beside reward", "worse"),
+                ),
+            ),
+            Sentence(
                 "It sharpens the distribution that is sampled, and diversity is lost: surer in one try, poorer in many.",
                 {"crossover": "^pass@|^from which k|bits of the answers|different ones among", "entropy": ""},
+                (
+                    Prediction("crossover", "^pass@1:", "better"),
+                    Prediction("crossover", "^pass@256:", "worse"),
+                    Prediction("crossover", "^bits of the answers", "worse"),
+                    Prediction("crossover", "^different ones among", "worse"),
+                ),
             ),
-            Sentence("It makes better specialists and worse generalists.", {"crossover": "^reward in", "forgetting": ""}),
+            Sentence(
+                "It makes better specialists and worse generalists.",
+                {"crossover": "^reward in"},
+                (Prediction("crossover", "^reward in sort", "worse"), Prediction("crossover", "^reward in count", "worse")),
+            ),
+            Sentence(
+                "It forgets less than supervised training, as it stays nearer to the base.",
+                {"forgetting": ""},
+                (
+                    *(Prediction("forgetting", f"^KL from the base .* in {manner}", "less") for manner in ("its manner", "another")),
+                    *(Prediction("forgetting", f"^reward lost elsewhere .* in {manner}", "less") for manner in ("its manner", "another")),
+                    Prediction("forgetting", "^a parabola", "yes"),
+                ),
+            ),
             Sentence(
                 "Behaviour such as correcting oneself is there before, and reinforcement learning makes it reliable.",
                 {"habits": ""},
+                (
+                    Prediction("habits", "^share of episodes that work step by step", "more"),
+                    Prediction("habits", "^share of episodes that take an equation back", "more"),
+                    Prediction("habits", "^share of equations taken back that became right", "more"),
+                ),
             ),
         ),
     ),
     Section(
         "The update is small",
-        (Sentence("It changes only a small part of the weights, as little as five in a hundred.", {"visibility": ""}),),
+        (
+            Sentence(
+                "It changes only a small part of the weights, as little as five in a hundred: targeted updates, not sweeping ones.",
+                {"visibility": ""},
+                (
+                    *(
+                        Prediction("visibility", f"^by reward, {rate}: visible .* sizes alone", "worse")
+                        for rate in ("1e-06", "1e-05", "0.0001")
+                    ),
+                    *(Prediction("visibility", f"^visible at {rate}: by reward beside", "fewer") for rate in ("1e-06", "1e-05", "0.0001")),
+                ),
+            ),
+        ),
     ),
     Section(
         "So a thin adapter is enough",
         (
-            Sentence("Even at rank one it learns what full fine-tuning learns.", {"rank": "beside full|noise floor"}),
-            Sentence("For all that reward tells in a run, an adapter has room, however thin.", {"received": ""}),
+            Sentence(
+                "Even at rank one it learns what full fine-tuning learns.",
+                {"rank": "beside full|noise floor"},
+                (Prediction("rank", "^rank 1 beside full", "equal"),),
+            ),
+            Sentence(
+                "For all that reward tells in a run, an adapter has room, however thin.",
+                {"received": ""},
+                (Prediction("received", "^adapters with a parameter or more for each bit", "holds"),),
+            ),
             Sentence(
                 "Where much must be memorised it falls behind.",
                 {"capacity": ""},
+                (
+                    Prediction("capacity", "^64 facts: rank 1 of down_proj beside full", "worse"),
+                    Prediction("capacity", "^64 facts: rank 1 beside full", "worse"),
+                ),
             ),
         ),
     ),
     Section(
         "Three rules",
         (
-            Sentence("An adapter must reach all layers: on attention alone it falls behind.", {"layers": ""}),
+            Sentence(
+                "An adapter must reach all layers: on attention alone it falls behind.",
+                {"layers": ""},
+                (
+                    Prediction("layers", "^by reward: attention beside all", "worse"),
+                    Prediction("layers", "^by demonstrations: attention beside all", "worse"),
+                ),
+            ),
             Sentence(
                 "The best learning rate is about ten times that of full fine-tuning, whatever the rank.",
                 {"learning_rate": "", "early": "", "horizon": "", "rank": "^best learning rate"},
+                (
+                    Prediction("learning_rate", "^alpha 32: the best rate is 10 times", "equal"),
+                    Prediction("learning_rate", "^alpha 32: the best rate does not depend", "equal"),
+                ),
             ),
-            Sentence("It bears large batches less well.", {"batch": "", "batch_rl": ""}),
+            Sentence(
+                "It bears large batches less well.",
+                {"batch": "", "batch_rl": ""},
+                (
+                    Prediction("batch", "^rank 8: what it lacks", "grows"),
+                    Prediction("batch", "^rank 64: what it lacks", "grows"),
+                    Prediction("batch_rl", "^rank 8: what it lacks", "grows"),
+                ),
+            ),
         ),
     ),
     Section(
         "What it is good for",
         (
-            Sentence("It saves a third of the arithmetic.", {"cost": ""}),
-            Sentence("Behaviours are switched on and off on demand, and the core model remains untouched.", {"toggle": ""}),
-            Sentence("Merged into the weights a behaviour is the same, and cannot be switched off.", {"merging": ""}),
+            Sentence(
+                "It saves a third of the arithmetic.",
+                {"cost": ""},
+                (
+                    Prediction("cost", "^at rank 1 a training pass saves a third", "equal"),
+                    Prediction("cost", "^the formula over the maps", "equal"),
+                ),
+            ),
+            Sentence(
+                "Behaviours are switched on and off on demand, and the core model remains untouched.",
+                {"toggle": ""},
+                (
+                    Prediction("toggle", "^with the adapter off", "equal"),
+                    Prediction("toggle", "^adapters in one batch", "equal"),
+                    Prediction("toggle", "^a request that switches", "equal"),
+                    Prediction("toggle", "^a scaled adapter", "holds"),
+                ),
+            ),
+            Sentence(
+                "Merged into the weights a behaviour is the same, and cannot be switched off.",
+                {"merging": ""},
+                (
+                    Prediction("merging", "^merged in float32, every", "equal"),
+                    Prediction("merging", "^held-out problems solved: merged in bfloat16", "equal"),
+                ),
+            ),
         ),
     ),
 )
@@ -93,18 +215,57 @@ HEAD = (
     "switched. Each sentence of that argument stands here beside what came of testing it, also where it went against it. Written by",
     "`veneer study article` from the studies that were made. One thing is `equal` to another if the whole interval of their difference",
     "lies within the margin, otherwise `better` or `worse` if it excludes 0, otherwise `undecided`.",
+    "",
+    "What some findings would be, were a sentence true, is written down beside it (*predicted*). A sentence **holds** if all of them are,",
+    "and **does not hold** if none is and one is something else; it is **undecided** if all are, and holds **in part** otherwise.",
 )
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A prediction beside its finding."""
+
+    prediction: Prediction
+    finding: Mapping[str, Any] | None
+    """None: its study was not made, or did not ask."""
+
+    @property
+    def said(self) -> bool:
+        return self.finding is not None and self.finding["verdict"] == self.prediction.verdict
+
+    @property
+    def against(self) -> bool:
+        return self.finding is not None and not self.said and self.finding["verdict"] not in OPEN
+
+
+Made = Mapping[str, Mapping[str, Any]]
+"""By study, its document."""
+
+
+def weigh(sentence: Sentence, made: Made) -> list[Weighed]:
+    def found(prediction: Prediction) -> Mapping[str, Any] | None:
+        findings = made[prediction.study]["findings"] if prediction.study in made else []
+        return next((finding for finding in findings if re.search(prediction.asked, finding["question"])), None)
+
+    return [Weighed(prediction, found(prediction)) for prediction in sentence.predicts]
+
+
+def verdict_of(weighed: Sequence[Weighed]) -> str:
+    """Of a sentence; empty: no study of it was made."""
+    there = [one for one in weighed if one.finding is not None]
+    if not there:
+        return ""
+    if all(one.said for one in there):
+        return "holds"
+    if not any(one.said for one in there):
+        return "does not hold" if any(one.against for one in there) else "undecided"
+    return "in part"
 
 
 def article(documents: Sequence[Mapping[str, Any]], place_of: Callable[[str], tuple[str, str]]) -> str:
     """As Markdown. ``documents``: of the studies that were made. ``place_of``: where the page and the picture of a study are, as links."""
     made = {document["study"]: document for document in documents}
-    lines = [
-        "# The argument, measured",
-        "",
-        *HEAD,
-        "",
-    ]
+    lines = ["# The argument, measured", "", *HEAD, "", *_at_a_glance(made), ""]
     shown = set[str]()
     for section in SECTIONS:
         lines += [f"## {section.title}", ""]
@@ -113,12 +274,34 @@ def article(documents: Sequence[Mapping[str, Any]], place_of: Callable[[str], tu
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _measured(
-    sentence: Sentence, made: Mapping[str, Mapping[str, Any]], place_of: Callable[[str], tuple[str, str]], shown: set[str]
-) -> Iterator[str]:
+def _at_a_glance(made: Made) -> Iterator[str]:
+    yield from ("| | sentence | | what tells most |", "|---|---|---|---|")
+    for section in SECTIONS:
+        title = section.title
+        for sentence in section.sentences:
+            weighed = weigh(sentence, made)
+            verdict = verdict_of(weighed)
+            there = [one for one in weighed if one.finding is not None]
+            # what went against a sentence says more than what went with it
+            telling = next((one.finding for one in [*(o for o in there if o.against), *there]), None)
+            told = "" if telling is None else f"{telling['question']}: {telling['verdict']}; {_without_verdict(telling)}"
+            yield f"| {title} | {sentence.says} | {f'**{verdict}**' if verdict else 'not made here'} | {told} |"
+            title = ""
+
+
+def _without_verdict(finding: Mapping[str, Any]) -> str:
+    """The numbers of a finding, where they repeat the verdict without it."""
+    within = re.fullmatch(rf"{re.escape(finding['verdict'])} \((.*?)\)(.*)", finding["numbers"])
+    return "".join(within.groups()) if within else finding["numbers"]
+
+
+def _measured(sentence: Sentence, made: Made, place_of: Callable[[str], tuple[str, str]], shown: set[str]) -> Iterator[str]:
     """``shown``: studies whose pictures stand above."""
-    if sentence.missing:
-        yield from (f"Not tested yet. It would take {sentence.missing}.", "")
+    weighed = weigh(sentence, made)
+    if verdict := verdict_of(weighed):
+        there = [one for one in weighed if one.finding is not None]
+        yield from (f"**{verdict[0].upper()}{verdict[1:]}**: {sum(one.said for one in there)} of {len(there)} are as predicted.", "")
+    predicted = {one.finding["question"]: one.prediction.verdict for one in weighed if one.finding is not None}
     for name, pattern in sentence.studies.items():
         document = made.get(name)
         if document is None:
@@ -126,8 +309,10 @@ def _measured(
             continue
         page, picture = place_of(name)
         findings = [finding for finding in document["findings"] if re.search(pattern, finding["question"])]
-        yield from ("| asked | verdict | |", "|---|---|---|")
-        yield from (f"| {finding['question']} | **{finding['verdict']}** | {finding['numbers']} |" for finding in findings)
+        yield from ("| asked | predicted | verdict | |", "|---|---|---|---|")
+        for finding in findings:
+            question = finding["question"]
+            yield f"| {question} | {predicted.get(question, '')} | **{finding['verdict']}** | {finding['numbers']} |"
         yield from ("", f"[All of it]({page}), by `veneer study run {name} {in_options(document['terms'])}`.", "")
         if name not in shown:
             shown.add(name)

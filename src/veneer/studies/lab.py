@@ -21,15 +21,17 @@ from veneer.store.adapters import write_adapter
 from veneer.store.files import storage_errors, write_text
 from veneer.store.run import Run
 from veneer.studies.bench import Bench, Merge
-from veneer.train import rl, sft
+from veneer.train import rejection, rl, sft
 from veneer.train.config import RunConfig
 from veneer.train.rollouts import closing
 from veneer.train.session import Interrupted, Session
-from veneer.types import AdapterError, ConfigError, DivergedError, Engine
+from veneer.types import AdapterError, CollapsedError, ConfigError, DivergedError, Engine
 
 OUTCOME, ADAPTER, RECORD = "outcome.json", "adapter", "record.json"
 COUNTED = "(counted)"
 """An adapter that is made to be counted; no run can have this name."""
+PLAYED = ("rl", "rejection")
+"""The kinds of runs that play episodes, and are judged by their rewards."""
 PACKAGE = Path(__file__).parents[1]
 ORIGIN = ("assets", "engine", "envs", "render", "train")
 """The parts of Veneer that decide what a run comes to."""
@@ -52,21 +54,21 @@ class Outcome:
     metrics: Sequence[Mapping[str, Any]]
     """Its metrics.jsonl."""
     diverged: str | None
-    """Why it could not go on: its numbers left every range. It is kept like any other."""
+    """Why it could not go on: its numbers left every range, or what it trained does nothing right any more. It is kept like any other."""
     seconds: float
     """That its steps took, with others beside it."""
 
     @property
     def score(self) -> float:
-        """More is better. Of rewards, the mean on held-out problems in the end, 0 if the run diverged; of demonstrations, minus the
-        loss in nats a token, that of the start if it diverged."""
-        if self.config.kind == "rl":
+        """More is better. Of episodes, the mean reward on held-out problems in the end, 0 if the run diverged; of demonstrations, minus
+        the loss in nats a token, that of the start if it diverged."""
+        if self.config.kind in PLAYED:
             return 0.0 if self.diverged else float([m["eval/reward"] for m in self.metrics if "eval/reward" in m][-1])
         return -self._losses[0 if self.diverged else -1]
 
     @property
     def score_before(self) -> float:
-        return float(self.metrics[0]["eval/reward"]) if self.config.kind == "rl" else -self._losses[0]
+        return float(self.metrics[0]["eval/reward"]) if self.config.kind in PLAYED else -self._losses[0]
 
     @property
     def _losses(self) -> list[float]:
@@ -208,7 +210,7 @@ class Lab:
         try:
             try:
                 await _train(session)
-            except DivergedError as error:
+            except (DivergedError, CollapsedError) as error:
                 diverged = str(error)
             weights = await place.engine.save_state(session.adapter, "sampler")
             write_adapter(folder / ADAPTER, weights, session.facts())
@@ -241,10 +243,10 @@ def _place_of(config: RunConfig) -> tuple[str, str]:
 
 async def _train(session: Session) -> None:
     config = session.config
-    if config.kind == "rl":
+    if config.kind in PLAYED:
         async with closing(load_env(config.env.name, config.env.args)) as dataset:
-            await rl.train(session, dataset)
+            await (rl if config.kind == "rl" else rejection).train(session, dataset)
     elif config.kind == "sft":
         await sft.train(session)
     else:
-        raise ConfigError(f"kind = {config.kind!r}: a study's runs are rl or sft")
+        raise ConfigError(f"kind = {config.kind!r}: a study's runs are rl, rejection or sft")

@@ -28,7 +28,17 @@ from veneer.train.rollouts import Policy, derive_seed, do_rollouts
 from veneer.train.rows import batch_indices
 from veneer.train.scoring import score
 from veneer.train.session import Metrics, Session
-from veneer.types import AdamParams, Adapter, Datum, EnvDataset, RunError, SamplingParams, Trajectory, TrajectoryGroup
+from veneer.types import (
+    AdamParams,
+    Adapter,
+    CollapsedError,
+    Datum,
+    EnvDataset,
+    RunError,
+    SamplingParams,
+    Trajectory,
+    TrajectoryGroup,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ async def train(session: Session, dataset: EnvDataset) -> RejectionResult:
 
     Raises:
         AttestationError: samples come from other weights than those published last, a step changed nothing, or the base changed.
-        RunError: too many rollouts failed, or no episode of a round reached the bar.
+        RunError: too many rollouts failed, or no episode of the first round reached the bar.
+        CollapsedError: none of a later round did.
         Interrupted: the user asked to stop; the state is saved.
     """
     engine, config, rejection = session.engine, session.config, session.config.rejection
@@ -101,10 +112,11 @@ async def sample_round(session: Session, policy: Policy, dataset: EnvDataset, ro
     if not kept:
         ended = [t for group in groups_P for t in group.trajectories_G if t.error is None and not t.truncated]
         best = f"the best reward is {max(t.reward for t in ended):g}" if ended else "none ended within rejection.max_tokens"
-        raise RunError(
-            f"round {round_ + 1}: none of {len(indices) * rejection.group_size} episodes reached rejection.bar = {rejection.bar:g}; "
-            f"{best}; lower the bar, play more episodes, or start from SFT"
-        )
+        played = len(indices) * rejection.group_size
+        none = f"round {round_ + 1}: none of {played} episodes reached rejection.bar = {rejection.bar:g}; {best}"
+        if round_:
+            raise CollapsedError(f"{none}, though some did in round {round_}; take a smaller rejection.learning_rate, or fewer steps")
+        raise RunError(f"{none}; lower the bar, play more episodes, or start from SFT")
     session.run.save_rollouts(step, groups_P, [_every_turn(group, kept_G) for group, kept_G in zip(groups_P, kept_P, strict=True)])
     return {**rollout_metrics(groups_P), "kept": kept, "problems/kept": sum(any(kept_G) for kept_G in kept_P) / len(groups_P)}
 
