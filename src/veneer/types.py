@@ -544,10 +544,6 @@ class RunError(VeneerError):
     pass
 
 
-class CollapsedError(RunError):
-    """What a run has trained does nothing any more that it could go on from."""
-
-
 class AttestationError(RunError):
     pass
 

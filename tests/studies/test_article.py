@@ -55,7 +55,9 @@ def test_every_prediction_is_of_one_finding_that_is_shown() -> None:
         (("equal", "undecided"), "in part"),
         (("worse", "undecided"), "does not hold"),
         (("undecided", "untested"), "undecided"),
-        (("equal", None), "holds"),
+        (("equal", None), "in part"),
+        (("worse", None), "does not hold"),
+        (("undecided", None), "undecided"),
         ((None, None), ""),
     ],
 )
@@ -70,8 +72,8 @@ def test_what_was_not_made_says_how_it_is() -> None:
     text = article([], lambda name: ("page", "picture"))
     for name in STUDIES:
         assert f"Not made here: `veneer study run {name}`." in text
-    glance, below = text.split("## ", 1)
-    assert glance.count("| not made here |") == sum(len(section.sentences) for section in SECTIONS)
+    above, below = text.split("## ", 1)
+    assert above.count("| not made here |") == sum(len(section.sentences) for section in SECTIONS)
     assert "**" not in below
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,14 @@ def study(name: str, seconds: Callable[[Terms], float], error: Callable[[Terms],
 def made_within(tmp_path: Path, seconds: float, *studies: Study) -> tuple[dict[str, Reached], list[str]]:
     told: list[str] = []
     found = asyncio.run(
-        within(seconds, lab(tmp_path, never), studies, FULL, lambda one: told.append(f"{one.study.name} {one.terms.seeds}"))
+        within(
+            seconds,
+            lab(tmp_path, never),
+            studies,
+            FULL,
+            lambda one: told.append(f"{one.study.name} {one.terms.seeds}"),
+            threading.Event(),
+        )
     )
     return {one.study.name: one for one in found}, told
 
@@ -107,12 +115,63 @@ def test_a_study_that_fails_does_not_take_others_with_it(tmp_path: Path, caplog:
     assert found["goes on"].terms == FULL
 
 
+def test_one_that_cannot_be_kept_does_not_take_others_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its picture, its page, or the disk: what was told of it before is what it has reached."""
+    told: list[str] = []
+
+    def made(one: Reached) -> None:
+        if one.study.name == "undrawn" and one.terms.seeds > 2:
+            raise ValueError("no picture of this")
+        told.append(one.study.name)
+
+    studies = [study(name, lambda t: 0.0) for name in ("undrawn", "behind")]
+    undrawn, behind = asyncio.run(within(60, lab(tmp_path, never), studies, FULL, made, threading.Event()))
+    assert undrawn.terms == Terms(2, 1)
+    assert undrawn.failed.endswith("ValueError: no picture of this")
+    assert "Traceback" in caplog.text
+    assert behind.terms == FULL
+    assert told.count("behind") == 4
+
+
 def test_who_interrupts_is_not_taken_for_the_clock(tmp_path: Path) -> None:
-    one = lab(tmp_path, never)
+    one, asked = lab(tmp_path, never), threading.Event()
+
+    def interrupt() -> None:
+        asked.set()
+        one.stop.set()
 
     async def interrupted() -> None:
-        asyncio.get_running_loop().call_later(0.1, one.stop.set)
-        await within(60, one, [study("a", lambda t: 60.0)], FULL, lambda one: None)
+        asyncio.get_running_loop().call_later(0.1, interrupt)
+        await within(60, one, [study("a", lambda t: 60.0)], FULL, lambda one: None, asked)
 
     with pytest.raises(Interrupted):
         asyncio.run(interrupted())
+
+
+def test_who_interrupts_is_not_taken_for_a_run_that_fails(tmp_path: Path) -> None:
+    """Both at once: the next study must not begin."""
+    one, asked, begun = lab(tmp_path, never), threading.Event(), []
+
+    def fails(terms: Terms) -> Exception:
+        asked.set()
+        one.stop.set()
+        return RunError("the environment is gone")
+
+    def begins(terms: Terms) -> float:
+        begun.append(terms)
+        return 60.0
+
+    with pytest.raises(Interrupted):
+        asyncio.run(within(60, one, [study("a", lambda t: 0.0, fails), study("b", begins)], FULL, lambda one: None, asked))
+    assert len(begun) <= 1  # it stops at its first look around
+
+
+def test_a_failure_when_the_time_is_over_begins_nothing_new(tmp_path: Path) -> None:
+    def fails(terms: Terms) -> Exception:
+        time.sleep(0.4)
+        return RunError("the environment is gone")
+
+    found, told = made_within(tmp_path, 0.2, study("a", lambda t: 0.0, fails), study("b", lambda t: 60.0))
+    assert told == []
+    assert found["a"].shrunk(FULL) == "left out; the environment is gone"
+    assert found["b"].shrunk(FULL).startswith("left out: the time was over")

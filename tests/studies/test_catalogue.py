@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_lab import lab, never
 
-from veneer.studies.catalogue import DOCUMENT, STUDIES, find_study, keep, kept
+from veneer.studies.catalogue import DOCUMENT, STUDIES, find_study, keep, kept, larger
 from veneer.studies.contest import Terms
 from veneer.studies.result import Finding, Result
 from veneer.train.config import make_config
@@ -77,3 +77,31 @@ def test_what_is_kept_replaces_what_was(tmp_path: Path) -> None:
     page = (folder / "study.md").read_text()
     assert "| asked | **worse** | 0.1 |" in page
     assert "`veneer study run rank --seeds 3 --choice-seeds 1 --set rl.steps=2`" in page
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "early", "horizon", "layers"])
+def test_a_study_of_held_out_losses_leaves_some_rows_for_them(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.held_out=0: this study compares losses of held-out rows"):
+        asyncio.run(find_study(name).conduct(lab(tmp_path, never), Terms(2, 1, ("sft.held_out=0",))))
+
+
+@pytest.mark.parametrize(
+    ("name", "override"), [("rank", "rejection.bar=0.5"), ("capacity", "dpo.steps=3"), ("visibility", "distill.steps=3")]
+)
+def test_settings_of_a_loop_that_a_study_does_not_run_are_refused(name: str, override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"read none of {override.partition('.')[0]}"):
+        asyncio.run(find_study(name).conduct(lab(tmp_path, never), Terms(2, 1, (override,))))
+
+
+def test_a_smaller_form_does_not_take_the_place_of_a_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, result = tmp_path / "rank", Result([Finding("asked", "equal", "0")], "", {}, lambda path: path.write_text("<svg/>"))
+    assert larger(folder, Terms(2, 1)) is None
+    keep(find_study("rank"), Terms(5, 2), result, folder)
+    for smaller in (Terms(2, 1, coarse=True), Terms(5, 1), Terms(5, 2, coarse=True)):
+        there = larger(folder, smaller)
+        assert there is not None
+        assert there["seeds"] == 5
+    for other in (Terms(5, 2), Terms(8, 1), Terms(2, 1, ("env.name=sort",))):
+        assert larger(folder, other) is None
+    monkeypatch.setattr("veneer.studies.catalogue.origin", lambda: "another")
+    assert larger(folder, Terms(2, 1)) is None, "what an older Veneer has found is no reason to keep this one's"

@@ -119,20 +119,25 @@ def _run_within(lab: Lab, studies: Sequence[Study], full: Terms, seconds: float 
     import asyncio
     import math
     import sys
+    import threading
 
     from veneer.studies.budget import Reached, within
-    from veneer.studies.catalogue import in_options, keep
+    from veneer.studies.catalogue import in_options, keep, larger
     from veneer.train.session import stop_signals
     from veneer.types import RunError
 
     def made(one: Reached) -> None:
         assert one.terms is not None
         assert one.result is not None
-        keep(one.study, one.terms, one.result, folder / one.study.name)
-        print(f"{one.study.name}: {one.shrunk(full)}", file=sys.stderr, flush=True)
+        there = larger(folder / one.study.name, one.terms)
+        if there is None:
+            keep(one.study, one.terms, one.result, folder / one.study.name)
+        stays = "" if there is None else f"; its page stays that of: {in_options(there)}"
+        print(f"{one.study.name}: {one.shrunk(full)}{stays}", file=sys.stderr, flush=True)
 
-    with stop_signals(lab.stop):
-        reached = asyncio.run(within(math.inf if seconds is None else seconds, lab, studies, full, made))
+    asked = threading.Event()
+    with stop_signals(asked, lab.stop):
+        reached = asyncio.run(within(math.inf if seconds is None else seconds, lab, studies, full, made, asked))
     if all(one.terms is None for one in reached):
         first = next((one.failed for one in reached if one.failed), "the time was over before the smallest form of any study was done")
         raise RunError(f"no study was finished: {first}; what was begun is kept, and the same command goes on from there")

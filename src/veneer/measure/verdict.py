@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,12 +34,12 @@ class Comparison:
     is decided, or would need more than MOST_SEEDS."""
 
     def __str__(self) -> str:
-        return f"{self.verdict} ({self._difference}){self._wanted}"
+        return f"{self.verdict} ({self._difference}){self.wanted}"
 
     @property
     def numbers(self) -> str:
         """The same without the verdict, for beside another word for it."""
-        return f"{self._difference}{self._wanted}"
+        return f"{self._difference}{self.wanted}"
 
     def said(self, better: str, worse: str) -> str:
         """The verdict where more is neither better nor worse."""
@@ -50,8 +50,15 @@ class Comparison:
         return f"{self.difference}, margin {self.margin:g}, {self.seeds} seeds"
 
     @property
-    def _wanted(self) -> str:
+    def wanted(self) -> str:
+        """How many seeds would decide it, if it is undecided, for behind numbers of its own."""
         return f"; {self.seeds_needed or f'more than {MOST_SEEDS}'} seeds would do" if self.verdict == "undecided" else ""
+
+
+def seeds_wanted(comparisons: Iterable[Comparison]) -> str:
+    """How many seeds would decide all of them, in words; empty if all are decided."""
+    unsure = [one for one in comparisons if one.verdict == "undecided"]
+    return max(unsure, key=lambda one: one.seeds_needed or MOST_SEEDS + 1).wanted if unsure else ""
 
 
 def compare_seeds(arm: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray, margin: float) -> Comparison:

@@ -49,7 +49,7 @@ SECTIONS: Sequence[Section] = (
                 (
                     Prediction("bandit", "^no episode tells more than", "holds"),
                     Prediction("bandit", "^the ideal learner takes", "equal"),
-                    Prediction("bandit", "^REINFORCE solves it in", "equal"),
+                    Prediction("bandit", "^REINFORCE is told no more than", "holds"),
                 ),
             ),
             Sentence(
@@ -66,12 +66,13 @@ SECTIONS: Sequence[Section] = (
         "What it buys, and what it costs",
         (
             Sentence(
-                "It explores, and finds what imitation would not show it.",
+                "It explores, and finds what imitating its own answers would not show it.",
                 {"exploration": ""},
                 (
-                    Prediction("exploration", "^imitating the base beside reward", "worse"),
-                    Prediction("exploration", "^of .*: reward beside the base", "better"),
-                    Prediction("exploration", "^of .*: imitating the base beside reward", "worse"),
+                    Prediction("exploration", "^imitating in rounds beside imitating the base", "better"),
+                    Prediction("exploration", "^reward beside imitating the base", "better"),
+                    Prediction("exploration", "^right answers .* imitating in rounds beside", "more"),
+                    Prediction("exploration", "^right answers .* reward beside", "more"),
                 ),
             ),
             Sentence(
@@ -86,8 +87,12 @@ SECTIONS: Sequence[Section] = (
             ),
             Sentence(
                 "It makes better specialists and worse generalists.",
-                {"crossover": "^reward in"},
-                (Prediction("crossover", "^reward in sort", "worse"), Prediction("crossover", "^reward in count", "worse")),
+                {"crossover": "^pass@1:|^reward in"},
+                (
+                    Prediction("crossover", "^pass@1:", "better"),
+                    Prediction("crossover", "^reward in sort", "worse"),
+                    Prediction("crossover", "^reward in count", "worse"),
+                ),
             ),
             Sentence(
                 "It forgets less than supervised training, as it stays nearer to the base.",
@@ -95,7 +100,6 @@ SECTIONS: Sequence[Section] = (
                 (
                     *(Prediction("forgetting", f"^KL from the base .* in {manner}", "less") for manner in ("its manner", "another")),
                     *(Prediction("forgetting", f"^reward lost elsewhere .* in {manner}", "less") for manner in ("its manner", "another")),
-                    Prediction("forgetting", "^a parabola", "yes"),
                 ),
             ),
             Sentence(
@@ -136,14 +140,16 @@ SECTIONS: Sequence[Section] = (
             Sentence(
                 "For all that reward tells in a run, an adapter has room, however thin.",
                 {"received": ""},
-                (Prediction("received", "^adapters with a parameter or more for each bit", "holds"),),
+                (Prediction("received", "^rank 1 of one map, .* beside rank 16 of one map", "equal"),),
             ),
             Sentence(
-                "Where much must be memorised it falls behind.",
+                "Where much must be memorised it falls behind, and not where little must.",
                 {"capacity": ""},
                 (
                     Prediction("capacity", "^64 facts: rank 1 of down_proj beside full", "worse"),
                     Prediction("capacity", "^64 facts: rank 1 beside full", "worse"),
+                    Prediction("capacity", "^16 facts: rank 1 of down_proj beside full", "equal"),
+                    Prediction("capacity", "^16 facts: rank 1 beside full", "equal"),
                 ),
             ),
         ),
@@ -182,11 +188,14 @@ SECTIONS: Sequence[Section] = (
         "What it is good for",
         (
             Sentence(
-                "It saves a third of the arithmetic.",
+                "It saves a third of the arithmetic of training.",
                 {"cost": ""},
                 (
-                    Prediction("cost", "^at rank 1 a training pass saves a third", "equal"),
                     Prediction("cost", "^the formula over the maps", "equal"),
+                    *(
+                        Prediction("cost", f"^{model}, .* a training pass makes", "equal")
+                        for model in ("nano as modules", "wide as modules", "deep")
+                    ),
                 ),
             ),
             Sentence(
@@ -200,7 +209,7 @@ SECTIONS: Sequence[Section] = (
                 ),
             ),
             Sentence(
-                "Merged into the weights a behaviour is the same, and cannot be switched off.",
+                "Merged into the weights a behaviour is the same.",
                 {"merging": ""},
                 (
                     Prediction("merging", "^merged in float32, every", "equal"),
@@ -212,12 +221,15 @@ SECTIONS: Sequence[Section] = (
 )
 HEAD = (
     "Reinforcement learning tells a model little, so a thin adapter can hold it, so experiments are cheap and behaviours can be",
-    "switched. Each sentence of that argument stands here beside what came of testing it, also where it went against it. Written by",
-    "`veneer study article` from the studies that were made. One thing is `equal` to another if the whole interval of their difference",
-    "lies within the margin, otherwise `better` or `worse` if it excludes 0, otherwise `undecided`.",
+    "switched. Each sentence of that argument stands here beside what came of testing it, also where it went against it. Made of what",
+    "the studies found, by `veneer study article` and, where you read this in Veneer's docs, by `make studies`.",
     "",
-    "What some findings would be, were a sentence true, is written down beside it (*predicted*). A sentence **holds** if all of them are,",
-    "and **does not hold** if none is and one is something else; it is **undecided** if all are, and holds **in part** otherwise.",
+    "- A finding has a *verdict*. One thing is **equal** to another if the whole 95% interval of their difference lies within the margin",
+    "  that was set before; otherwise it is **better** or **worse** (more or less, higher or lower) if the interval excludes 0; otherwise",
+    "  **undecided**. A law **holds** or is **broken**. What is **untested** could not be asked there. A number is a number.",
+    "- What some findings would be, were a sentence true, stands beside them (*predicted*). A sentence **holds** if every one of those is",
+    "  there and as predicted. It **does not hold** if one came out otherwise and none as predicted; it is **undecided** if none came",
+    "  out. Anything between holds **in part**.",
 )
 
 
@@ -252,14 +264,21 @@ def weigh(sentence: Sentence, made: Made) -> list[Weighed]:
 
 def verdict_of(weighed: Sequence[Weighed]) -> str:
     """Of a sentence; empty: no study of it was made."""
-    there = [one for one in weighed if one.finding is not None]
-    if not there:
+    if all(one.finding is None for one in weighed):
         return ""
-    if all(one.said for one in there):
-        return "holds"
-    if not any(one.said for one in there):
-        return "does not hold" if any(one.against for one in there) else "undecided"
-    return "in part"
+    said, against = sum(one.said for one in weighed), sum(one.against for one in weighed)
+    if said:
+        return "holds" if said == len(weighed) else "in part"
+    return "does not hold" if against else "undecided"
+
+
+def _counts(weighed: Sequence[Weighed]) -> str:
+    """In words, how the predictions came out."""
+    said, against = sum(one.said for one in weighed), sum(one.against for one in weighed)
+    missing = sum(one.finding is None for one in weighed)
+    parts = [f"{said} of {len(weighed)} as predicted"]
+    parts += [f"{count} {word}" for count, word in ((against, "otherwise"), (len(weighed) - said - against - missing, "open")) if count]
+    return ", ".join([*parts, *([f"{missing} not made"] if missing else [])])
 
 
 def article(documents: Sequence[Mapping[str, Any]], place_of: Callable[[str], tuple[str, str]]) -> str:
@@ -282,8 +301,8 @@ def _at_a_glance(made: Made) -> Iterator[str]:
             weighed = weigh(sentence, made)
             verdict = verdict_of(weighed)
             there = [one for one in weighed if one.finding is not None]
-            # what went against a sentence says more than what went with it
-            telling = next((one.finding for one in [*(o for o in there if o.against), *there]), None)
+            # what went against a sentence says more than what is open, and that more than what went with it
+            telling = min(there, key=lambda one: 0 if one.against else 2 if one.said else 1).finding if there else None
             told = "" if telling is None else f"{telling['question']}: {telling['verdict']}; {_without_verdict(telling)}"
             yield f"| {title} | {sentence.says} | {f'**{verdict}**' if verdict else 'not made here'} | {told} |"
             title = ""
@@ -299,8 +318,7 @@ def _measured(sentence: Sentence, made: Made, place_of: Callable[[str], tuple[st
     """``shown``: studies whose pictures stand above."""
     weighed = weigh(sentence, made)
     if verdict := verdict_of(weighed):
-        there = [one for one in weighed if one.finding is not None]
-        yield from (f"**{verdict[0].upper()}{verdict[1:]}**: {sum(one.said for one in there)} of {len(there)} are as predicted.", "")
+        yield from (f"**{verdict[0].upper()}{verdict[1:]}**: {_counts(weighed)}.", "")
     predicted = {one.finding["question"]: one.prediction.verdict for one in weighed if one.finding is not None}
     for name, pattern in sentence.studies.items():
         document = made.get(name)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from veneer.measure.bits import advantage_bits, corrected_bits, entropy_bits, expected_reward_bits, reward_bits
-from veneer.measure.verdict import compare_seeds, t_interval
+from veneer.measure.verdict import compare_seeds, seeds_wanted, t_interval
 from veneer.studies.contest import CHOICE, Terms
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -249,6 +249,8 @@ def _of_reinforce(learned: Mapping[Fraction, Learned]) -> list[Finding]:
     printed = {p: one.printed for p, one in learned.items()}
     fewest = min(one.solved for one in learned.values())
     above = [p for p, shares in told.items() if t_interval(shares).low > 1]
+    in_time = compare_seeds(solved[half], [1.0] * len(solved[half]), EPISODES_MARGIN)
+    measured = compare_seeds(printed[half], [1.0] * len(printed[half]), TOLERANCE)
     return [
         Finding(
             "REINFORCE is told no more than H(p) an episode, until it has been told all",
@@ -257,13 +259,14 @@ def _of_reinforce(learned: Mapping[Fraction, Learned]) -> list[Finding]:
         ),
         Finding(
             "REINFORCE solves it in log2 K / H(p) episodes (their number over those that it takes)",
-            compare_seeds(solved[half], [1.0] * len(solved[half]), EPISODES_MARGIN).said("higher", "lower"),
-            f"{_share(solved[half])} at p = 0.5; {_means(solved)}; {fewest:.0%} or more solve it in time; margin {EPISODES_MARGIN:g}",
+            in_time.said("higher", "lower"),
+            f"{_share(solved[half])} at p = 0.5; {_means(solved)}; {fewest:.0%} or more solve it in time; margin {EPISODES_MARGIN:g}"
+            f"{in_time.wanted}",
         ),
         Finding(
             "bits by the measure of real runs, for each bit that REINFORCE's episodes tell until it has solved it",
-            compare_seeds(printed[half], [1.0] * len(printed[half]), TOLERANCE).said("higher", "lower"),
-            f"{_share(printed[half])} at p = 0.5; {_means(printed)}; margin {TOLERANCE:g}",
+            measured.said("higher", "lower"),
+            f"{_share(printed[half])} at p = 0.5; {_means(printed)}; margin {TOLERANCE:g}{measured.wanted}",
         ),
     ]
 
@@ -280,8 +283,9 @@ def _of_the_measure(measured: Measured) -> list[Finding]:
         numbers = f"{_share(half)} of it at p = 0.5; " + ", ".join(f"{shares[p].mean():.3f} at {float(p):g}" for p in others)
         enough = [size for size in SIZES if abs(measured[MEASURED[0], size][name].mean() - 1) <= TOLERANCE]
         numbers += f"; within {TOLERANCE:g} at p = 0.5 from groups of {min(enough)} on" if enough else ""
-        verdict = compare_seeds(half, [1.0] * len(half), TOLERANCE).said("higher", "lower")
-        findings.append(Finding(f"{name} of groups of {GROUP} is the entropy of their rewards", verdict, numbers))
+        told = compare_seeds(half, [1.0] * len(half), TOLERANCE)
+        asked = f"{name} of groups of {GROUP} is the entropy of their rewards"
+        findings.append(Finding(asked, told.said("higher", "lower"), numbers + told.wanted))
     return findings
 
 
@@ -292,7 +296,8 @@ def _same(ratios: Mapping[Any, Numbers], margin: float) -> tuple[str, str]:
     verdicts = {one.verdict for one in found.values()}
     verdict = "differs" if verdicts & {"better", "worse"} else "undecided" if "undecided" in verdicts else "equal"
     where = ", groups of ".join(f"{float(part):g}" for part in (worst if isinstance(worst, tuple) else (worst,)))
-    return verdict, f"furthest off at p = {where}: {_share(ratios[worst])} of it; margin {margin:g}"
+    wanted = seeds_wanted(found.values()) if verdict == "undecided" else ""
+    return verdict, f"furthest off at p = {where}: {_share(ratios[worst])} of it; margin {margin:g}{wanted}"
 
 
 def _share(values: Numbers) -> str:

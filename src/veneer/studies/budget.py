@@ -65,11 +65,14 @@ def seconds_of(text: str) -> float:
     return seconds
 
 
-async def within(budget: float, lab: Lab, studies: Sequence[Study], full: Terms, made: Callable[[Reached], None]) -> list[Reached]:
+async def within(
+    budget: float, lab: Lab, studies: Sequence[Study], full: Terms, made: Callable[[Reached], None], asked: threading.Event
+) -> list[Reached]:
     """Make the studies, all of them on one level and then on the next, until ``budget`` seconds are over or all are there in full.
 
-    A study that refuses an override, or fails in whatever way, is left where it is, and the others go on. ``made``: told of a study
-    whenever it has been finished on a level.
+    A study that refuses an override, fails in whatever way, or cannot be told of, is left where it is, and the others go on. ``made``:
+    told of a study whenever it has been finished on a level. ``asked``: set together with ``lab.stop`` when the user wants it to end; the
+    latter is also set by a run that fails, for those beside it.
 
     Raises:
         Interrupted: the user stopped it; what was done is kept.
@@ -89,10 +92,10 @@ async def within(budget: float, lab: Lab, studies: Sequence[Study], full: Terms,
             for one in reached:
                 if not one.failed:
                     await _advance(one, lab, level, made)
-                    if over.is_set():
-                        stop()
+                    if over.is_set() or asked.is_set():  # the failure of a run may have been taken for it
+                        lab.stop.set()
     except Interrupted:
-        if not over.is_set():
+        if asked.is_set() or not over.is_set():
             raise
     finally:
         timer.cancel()
@@ -101,7 +104,8 @@ async def within(budget: float, lab: Lab, studies: Sequence[Study], full: Terms,
 
 async def _advance(one: Reached, lab: Lab, level: Terms, made: Callable[[Reached], None]) -> None:
     try:
-        one.result = await one.study.conduct(lab, level)
+        result = await one.study.conduct(lab, level)
+        made(Reached(one.study, level, result))
     except Interrupted:
         raise
     except Exception as error:
@@ -112,5 +116,4 @@ async def _advance(one: Reached, lab: Lab, level: Terms, made: Callable[[Reached
             one.failed = f"a fault of Veneer's own, shown above: {type(error).__name__}: {error}"
         lab.stop.clear()  # one run's failure stops those beside it
         return
-    one.terms = level
-    made(one)
+    one.terms, one.result = level, result

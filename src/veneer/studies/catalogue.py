@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer.store.files import new_folder
 from veneer.studies.contest import Terms
-from veneer.studies.lab import Lab
+from veneer.studies.lab import Lab, origin
 from veneer.studies.result import Result
 from veneer.types import ConfigError
 
@@ -56,6 +56,7 @@ def keep(study: Study, terms: Terms, result: Result, folder: Path) -> dict[str, 
         "question": study.question,
         "claims": list(study.claims),
         "terms": asdict(terms),
+        "veneer": origin(),
         "findings": [asdict(finding) for finding in result.findings],
         **result.document,
     }
@@ -80,6 +81,23 @@ def in_options(terms: Mapping[str, Any]) -> str:
     sets = [f"--set {override}" for override in terms["overrides"]]
     coarse = ["--coarse"] if terms.get("coarse") else []  # not in documents of before there was a choice
     return " ".join([f"--seeds {terms['seeds']}", f"--choice-seeds {terms['choice_seeds']}", *coarse, *sets])
+
+
+def larger(folder: Path, terms: Terms) -> Mapping[str, Any] | None:
+    """The terms of what is kept of a study, if it was made with the same overrides, by the same Veneer, and with more."""
+    path = folder / DOCUMENT
+    document = json.loads(path.read_text()) if path.is_file() else {}
+    if document.get("veneer") != origin():
+        return None
+    mine, theirs = asdict(terms), document["terms"]
+    if list(mine["overrides"]) != list(theirs["overrides"]):
+        return None
+
+    def size(one: Mapping[str, Any]) -> tuple[int, ...]:
+        return one["seeds"], one["choice_seeds"], int(not one["coarse"])
+
+    more = size(theirs) != size(mine) and all(a >= b for a, b in zip(size(theirs), size(mine), strict=True))
+    return theirs if more else None
 
 
 def kept(folder: Path) -> list[tuple[dict[str, Any], Path]]:

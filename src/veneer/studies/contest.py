@@ -11,14 +11,14 @@ import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from veneer.measure.verdict import Comparison, compare_seeds
 from veneer.train.config import RunConfig, make_config, override_in
 from veneer.types import ConfigError
 
-OTHERS = {"rl": "sft.", "sft": "rl."}
-"""By kind of run: keys that the other kind reads."""
+LOOPS: Sequence[str] = get_args(RunConfig.model_fields["kind"].annotation)
+"""The kinds of runs, each with a table of settings of its own."""
 CHOICE, AGAIN = 1000, 2000
 """The first seed of those on which learning rates are chosen, and of those of the noise floor; compared are 0, 1, 2 and so on."""
 
@@ -161,22 +161,32 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
     """
     tree = copy.deepcopy(dict(shared))
     decided = {"kind", "seed", "name", "folder", "device", "weights", *(key for arm in arms for key in _keys(arm.settings))}
-    kind = tree.get("kind", "rl")
-    decided |= {f"{kind}.learning_rate"} if any(arm.rates for arm in arms) else set()
+    kinds = sorted({_kind({**tree, **arm.settings}) for arm in arms} or {_kind(tree)})
+    decided |= {f"{_kind({**tree, **arm.settings})}.learning_rate" for arm in arms if arm.rates}
     for override in terms.overrides:
         key = override.partition("=")[0].strip()
-        if key.startswith(OTHERS[kind]):
-            raise ConfigError(f"--set {override}: runs of this study are of kind {kind}, and read none of {OTHERS[kind]}")
+        loop = key.partition(".")[0]
+        if loop in LOOPS and loop not in kinds:
+            raise ConfigError(f"--set {override}: runs of this study are of kind {' and '.join(kinds)}, and read none of {loop}.")
         if key in decided:
             raise ConfigError(f"--set {override}: the study itself decides {key}; leave it out")
         override_in(tree, override)
-    make_config(_merged(tree, arms[0].settings if arms else {}))  # what is wrong is said before anything runs
+    for settings in [arm.settings for arm in arms] or [{}]:  # what is wrong is said before anything runs
+        config = make_config(_merged(tree, settings))
+        if config.kind == "sft" and not config.sft.held_out and dict(shared).get("sft", {}).get("held_out"):
+            raise ConfigError("--set sft.held_out=0: this study compares losses of held-out rows; leave some")
     return tree
 
 
-def terms_for(terms: Terms, kind: str) -> Terms:
-    """For a study that trains in two ways: without overrides of the other's table, such as sft.steps where ``kind`` is rl."""
-    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(OTHERS[kind])))
+def terms_for(terms: Terms, kind: Literal["rl", "sft"]) -> Terms:
+    """For the runs of one kind in a study that trains in both: without overrides of the other's table, such as sft.steps where ``kind``
+    is rl."""
+    other = "sft." if kind == "rl" else "rl."
+    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(other)))
+
+
+def _kind(tree: Mapping[str, Any]) -> str:
+    return tree.get("kind", "rl")
 
 
 def _keys(tree: Mapping[str, Any]) -> set[str]:
@@ -245,7 +255,7 @@ def _beyond(rates: Sequence[float], best: float) -> list[float]:
 def config_of(shared: Mapping[str, Any], arm: Arm, rate: float, seed: int) -> RunConfig:
     """Of one run."""
     tree = _merged(shared, arm.settings)
-    kind = tree.get("kind", "rl")
+    kind = _kind(tree)
     return make_config(_merged(tree, {"seed": seed, kind: {"learning_rate": float(f"{rate:.6g}")}}))
 
 

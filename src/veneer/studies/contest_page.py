@@ -22,12 +22,30 @@ def contest_result(contest: Contest, question: str, more: Sequence[Finding] = ()
     """``question``: what each arm is asked, with {arm} and {reference} in it. ``more``: findings behind those of the comparisons."""
     against = contest.reference.arm.name
     findings = [
-        Finding(question.format(arm=entrant.arm.name, reference=against), entrant.comparison.verdict, str(entrant.comparison))
+        Finding(
+            question.format(arm=entrant.arm.name, reference=against),
+            entrant.comparison.verdict,
+            f"{entrant.comparison}{_edges(contest.reference, entrant)}",
+        )
         for entrant in contest.entrants
         if entrant.comparison is not None
     ]
-    floor = Finding(f"noise floor: {against} on other seeds, compared with itself", contest.noise.verdict, str(contest.noise))
+    asked = f"noise floor: {against} on other seeds, compared with itself"
+    floor = Finding(asked, contest.noise.verdict, f"{contest.noise}{_beyond_noise(contest.noise)}")
     return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: _draw(contest, path))
+
+
+def _edges(*entrants: Entrant) -> str:
+    """Of those whose best learning rate is the last that was tried: a better one may lie beyond."""
+    return "".join(f"; {e.arm.name} at the {e.sweep.edge} learning rate tried" for e in entrants if e.sweep.edge)
+
+
+def _beyond_noise(noise: Comparison) -> str:
+    """What a noise floor that is not equal says of the other comparisons."""
+    if noise.verdict == "equal":
+        return ""
+    largest = max(abs(noise.difference.low), abs(noise.difference.high))
+    return f"; seeds alone may differ by {largest:.3g}: hold no smaller difference above for one of arms"
 
 
 # ---------------------------------------------------------------- tables

@@ -249,13 +249,13 @@ def _of_clocks(counts: Sequence[Counted], clocks: Sequence[Clocked]) -> list[Fin
         if one.rank != 1:
             continue
         for what, ratios in (("a training pass", one.pass_ratios), ("a pass with its optimizer step", one.step_ratios)):
-            mean = t_interval(ratios)
+            mean, told = t_interval(ratios), compare_seeds(ratios, [THIRD] * len(ratios), TIME_MARGIN)
             findings.append(
                 Finding(
                     f"{one.subject}, {_way(one)}: at rank 1 {what} takes two thirds of full fine-tuning's time",
-                    compare_seeds(ratios, [THIRD] * len(ratios), TIME_MARGIN).said("higher", "lower"),
+                    told.said("higher", "lower"),
                     f"{_share(ratios)} of it, {1 / mean.value:.2f} times as fast, at {flops[one.subject, 1]:.3f} of the FLOPs of a pass; "
-                    f"margin {TIME_MARGIN:g}",
+                    f"margin {TIME_MARGIN:g}{told.wanted}",
                 )
             )
     return findings

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from veneer.measure.noise_scale import NoiseScale, noise_scale
-from veneer.measure.verdict import t_interval
+from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import Arm, Contest, Terms, hold_contest, overridden
 from veneer.studies.contest_page import COLOURS, contest_result
 from veneer.studies.courses import SHOWN, Course, Courses, school
@@ -33,6 +33,8 @@ from veneer.types import ConfigError
 QUESTION = "How much more does a task teach if every step or every token is judged, not the end alone?"
 CLAIMS = ()
 MARGIN = 0.03
+RATIO_MARGIN = math.log(1.1)
+"""Of a ratio of episodes, as a logarithm."""
 TARGET = 0.4
 """Of the held-out problems: how many episodes until they are solved?"""
 KINDS: Sequence[Feedback] = get_args(Feedback)
@@ -127,12 +129,13 @@ def _episodes(courses: Mapping[str, Sequence[Course]]) -> list[Finding]:
         if len(pairs) < 2:
             found.append(Finding(asked, "undecided", f"{len(pairs)} of {len(mine)} seeds come there both ways"))
             continue
-        ratio = t_interval([math.log(a / b) for a, b in pairs])
+        logs = [math.log(a / b) for a, b in pairs]
+        told, ratio = compare_seeds(logs, [0.0] * len(logs), RATIO_MARGIN), t_interval(logs)
         low, value, high = (math.exp(x) for x in (ratio.low, ratio.value, ratio.high))
-        word = "more" if low > 1 else "fewer" if high < 1 else "undecided"
         lost = len(mine) - len(pairs)
         missing = f"; {lost} of {len(mine)} seeds do not come there both ways" if lost else ""
-        found.append(Finding(asked, word, f"{value:.2f} [{low:.2f}, {high:.2f}]{missing}"))
+        numbers = f"{value:.2f} [{low:.2f}, {high:.2f}], margin a factor of {math.exp(RATIO_MARGIN):.3g}{told.wanted}{missing}"
+        found.append(Finding(asked, told.said("more", "fewer"), numbers))
     return found
 
 

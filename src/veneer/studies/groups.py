@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from veneer.envs import load_env
 from veneer.measure.intervals import Mean
 from veneer.measure.pass_at_k import mean_share, useful_share
-from veneer.measure.verdict import Comparison, Verdict, compare_seeds
+from veneer.measure.verdict import Comparison, Verdict, compare_seeds, seeds_wanted
 from veneer.studies.contest import Terms
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab
@@ -260,7 +260,8 @@ def _over(by_size: Mapping[int, Comparison]) -> tuple[str, str]:
     worst = max(by_size, key=lambda size: abs(by_size[size].difference.value))
     decided: list[Verdict] = ["better", "worse", "undecided"]
     verdict = next((_word(verdict) for verdict in decided if verdict in verdicts), "equal")
-    return verdict, f"furthest off in groups of {worst}: {_points(by_size[worst].difference)}; margin {100 * MARGIN:g} points"
+    wanted = seeds_wanted(by_size.values()) if verdict == "undecided" else ""
+    return verdict, f"furthest off in groups of {worst}: {_points(by_size[worst].difference)}; margin {100 * MARGIN:g} points{wanted}"
 
 
 def _word(verdict: Verdict) -> str:

@@ -91,7 +91,7 @@ def horizon_result(arms: Mapping[str, Losses]) -> Result:
         Finding(
             asked,
             found.said("larger", "smaller"),
-            f"{2**told.value:.2f} [{2**told.low:.2f}, {2**told.high:.2f}], margin a factor of {2**MARGIN:.2g}",
+            f"{2**told.value:.2f} [{2**told.low:.2f}, {2**told.high:.2f}], margin a factor of {2**MARGIN:.2g}{found.wanted}",
         )
     )
     document = {

@@ -25,7 +25,7 @@ from veneer.train import rejection, rl, sft
 from veneer.train.config import RunConfig
 from veneer.train.rollouts import closing
 from veneer.train.session import Interrupted, Session
-from veneer.types import AdapterError, CollapsedError, ConfigError, DivergedError, Engine
+from veneer.types import AdapterError, ConfigError, DivergedError, Engine
 
 OUTCOME, ADAPTER, RECORD = "outcome.json", "adapter", "record.json"
 COUNTED = "(counted)"
@@ -54,7 +54,7 @@ class Outcome:
     metrics: Sequence[Mapping[str, Any]]
     """Its metrics.jsonl."""
     diverged: str | None
-    """Why it could not go on: its numbers left every range, or what it trained does nothing right any more. It is kept like any other."""
+    """Why it could not go on: its numbers left every range. It is kept like any other."""
     seconds: float
     """That its steps took, with others beside it."""
 
@@ -210,7 +210,7 @@ class Lab:
         try:
             try:
                 await _train(session)
-            except (DivergedError, CollapsedError) as error:
+            except DivergedError as error:
                 diverged = str(error)
             weights = await place.engine.save_state(session.adapter, "sampler")
             write_adapter(folder / ADAPTER, weights, session.facts())
@@ -224,11 +224,12 @@ class Lab:
     def _folder(self, config: RunConfig, what: str = "") -> Path:
         """Named by all that decides what a run or a measurement comes to: its settings, and Veneer's own files."""
         unnamed = config.model_copy(update={"name": "run", "folder": ""})
-        return self.folder / hashlib.sha256(f"{what}{_origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
+        return self.folder / hashlib.sha256(f"{what}{origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
 
 
 @cache
-def _origin() -> str:
+def origin() -> str:
+    """The digest of the files of Veneer that decide what a run comes to."""
     found = hashlib.sha256()
     for part in ORIGIN:
         for path in sorted((PACKAGE / part).rglob("*")):

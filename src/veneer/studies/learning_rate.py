@@ -87,14 +87,13 @@ def _result(by_rule: Mapping[str, Mapping[int, Sweep]], full: Sweep) -> Result:
 def _power(question: str, powers: Sequence[float], claimed: float) -> Finding:
     found = compare_seeds(powers, [claimed] * len(powers), SLOPE_MARGIN)
     told = t_interval(powers)
-    return Finding(
-        question, found.said("higher", "lower"), f"{told.value:+.2f} [{told.low:+.2f}, {told.high:+.2f}], margin {SLOPE_MARGIN:g}"
-    )
+    numbers = f"{told.value:+.2f} [{told.low:+.2f}, {told.high:+.2f}], margin {SLOPE_MARGIN:g}{found.wanted}"
+    return Finding(question, found.said("higher", "lower"), numbers)
 
 
 def _ratio(logs: Sequence[float]) -> Finding:
     found, told = compare_seeds(logs, [math.log2(10)] * len(logs), RATIO_MARGIN), t_interval(logs)
-    numbers = f"{2**told.value:.1f} [{2**told.low:.1f}, {2**told.high:.1f}], margin a factor of 2"
+    numbers = f"{2**told.value:.1f} [{2**told.low:.1f}, {2**told.high:.1f}], margin a factor of 2{found.wanted}"
     return Finding(
         f"{FIXED}: the best rate is 10 times that of full fine-tuning (mean over ranks 4 to 64)", found.said("higher", "lower"), numbers
     )

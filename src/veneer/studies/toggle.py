@@ -352,22 +352,24 @@ def _of_costs(costs: Sequence[Costs]) -> list[Finding]:
     switch, zeros = [one.switch for one in costs], [0.0] * len(costs)
     ratios, ones = [one.switch_ratio for one in costs], [1.0] * len(costs)
     within = [one.within_ratio for one in costs]
+    longer, times_longer = compare_seeds(switch, zeros, SWITCH_MARGIN), compare_seeds(ratios, ones, RATIO_MARGIN)
+    less = compare_seeds(within, ones, RATIO_MARGIN)
     times = {name: statistics.median(getattr(one, name)[i] for one in costs for i in range(REPEATS)) for name in TIMED}
     return [
         Finding(
             "a request that switches the behaviour takes as long as one that does not, to a millisecond",
-            compare_seeds(switch, zeros, SWITCH_MARGIN).said("higher", "lower"),
-            f"{t_interval(switch)} ms longer, margin {SWITCH_MARGIN:g} ms",
+            longer.said("higher", "lower"),
+            f"{t_interval(switch)} ms longer, margin {SWITCH_MARGIN:g} ms{longer.wanted}",
         ),
         Finding(
             "the same in proportion",
-            compare_seeds(ratios, ones, RATIO_MARGIN).said("higher", "lower"),
-            f"{_share(ratios)} times {times['same']:.2f} ms, margin {RATIO_MARGIN:g}",
+            times_longer.said("higher", "lower"),
+            f"{_share(ratios)} times {times['same']:.2f} ms, margin {RATIO_MARGIN:g}{times_longer.wanted}",
         ),
         Finding(
             f"a behaviour switched on for the last {TAIL} of {CONTEXT} tokens that the base has read, beside reading all of them with it",
-            compare_seeds(within, ones, RATIO_MARGIN).said("higher", "lower"),
-            f"{_share(within)} of {times['anew']:.2f} ms; {min(one.kept for one in costs)} tokens or more were not read again",
+            less.said("higher", "lower"),
+            f"{_share(within)} of {times['anew']:.2f} ms; {min(one.kept for one in costs)} tokens or more were not read again{less.wanted}",
         ),
     ]
 

@@ -28,17 +28,11 @@ from veneer.train.rollouts import Policy, derive_seed, do_rollouts
 from veneer.train.rows import batch_indices
 from veneer.train.scoring import score
 from veneer.train.session import Metrics, Session
-from veneer.types import (
-    AdamParams,
-    Adapter,
-    CollapsedError,
-    Datum,
-    EnvDataset,
-    RunError,
-    SamplingParams,
-    Trajectory,
-    TrajectoryGroup,
-)
+from veneer.types import AdamParams, Adapter, Datum, EnvDataset, RunError, SamplingParams, Trajectory, TrajectoryGroup
+
+
+class NothingKeptError(RunError):
+    """No episode of a round reached the bar."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,8 @@ class RejectionResult:
     steps: int
     episodes: int
     kept: int
+    stopped: str | None
+    """Why the run ended before its last step."""
 
 
 async def train(session: Session, dataset: EnvDataset) -> RejectionResult:
@@ -53,8 +49,8 @@ async def train(session: Session, dataset: EnvDataset) -> RejectionResult:
 
     Raises:
         AttestationError: samples come from other weights than those published last, a step changed nothing, or the base changed.
-        RunError: too many rollouts failed, or no episode of the first round reached the bar.
-        CollapsedError: none of a later round did.
+        RunError: too many rollouts failed.
+        NothingKeptError: no episode of the first round reached the bar. If none of a later one does, the run ends with what it has.
         Interrupted: the user asked to stop; the state is saved.
     """
     engine, config, rejection = session.engine, session.config, session.config.rejection
@@ -70,12 +66,19 @@ async def train(session: Session, dataset: EnvDataset) -> RejectionResult:
         await session.record(metrics, {"eval": time.perf_counter() - clock}, last=False)
 
     rows: list[list[Datum]] = []
+    stopped = None
     for step in range(max(first, 1), config.total_steps + 1):
         started = time.perf_counter()
         round_, place = divmod(step - 1, rejection.steps)
         metrics = {"step": step, "round": round_ + 1}
         if place == 0:
-            metrics |= await sample_round(session, policy, dataset, round_, step, published)
+            try:
+                metrics |= await sample_round(session, policy, dataset, round_, step, published)
+            except NothingKeptError as none:
+                if not round_:
+                    raise
+                stopped = str(none)
+                break
         if place == 0 or not rows:
             rows = kept_rows(session, step - place)
         sampled = time.perf_counter()
@@ -94,8 +97,9 @@ async def train(session: Session, dataset: EnvDataset) -> RejectionResult:
             metrics |= (await score(session, policy, dataset, config.eval.problems, step, published)).metrics()
         timings = {"sample": sampled - started, "train": trained - sampled, "eval": time.perf_counter() - trained}
         await session.record(metrics, timings, last=step == config.total_steps)
-    rounds = [m for m in session.run.metrics() if "kept" in m]
-    return RejectionResult(config.total_steps, sum(m["episodes"] for m in rounds), sum(m["kept"] for m in rounds))
+    history = session.run.metrics()
+    rounds = [m for m in history if "kept" in m]
+    return RejectionResult(int(history[-1]["step"]), sum(m["episodes"] for m in rounds), sum(m["kept"] for m in rounds), stopped)
 
 
 async def sample_round(session: Session, policy: Policy, dataset: EnvDataset, round_: int, step: int, published: Adapter) -> Metrics:
@@ -114,9 +118,7 @@ async def sample_round(session: Session, policy: Policy, dataset: EnvDataset, ro
         best = f"the best reward is {max(t.reward for t in ended):g}" if ended else "none ended within rejection.max_tokens"
         played = len(indices) * rejection.group_size
         none = f"round {round_ + 1}: none of {played} episodes reached rejection.bar = {rejection.bar:g}; {best}"
-        if round_:
-            raise CollapsedError(f"{none}, though some did in round {round_}; take a smaller rejection.learning_rate, or fewer steps")
-        raise RunError(f"{none}; lower the bar, play more episodes, or start from SFT")
+        raise NothingKeptError(f"{none}; lower the bar, play more episodes, or start from SFT")
     session.run.save_rollouts(step, groups_P, [_every_turn(group, kept_G) for group, kept_G in zip(groups_P, kept_P, strict=True)])
     return {**rollout_metrics(groups_P), "kept": kept, "problems/kept": sum(any(kept_G) for kept_G in kept_P) / len(groups_P)}
 

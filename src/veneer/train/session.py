@@ -153,13 +153,14 @@ class Session:
 
 
 @contextmanager
-def stop_signals(stop: threading.Event) -> Generator[None, None, None]:
-    """Ctrl-C and SIGTERM set ``stop``, so that the step at hand is finished; a second one interrupts at once."""
+def stop_signals(*stops: threading.Event) -> Generator[None, None, None]:
+    """Ctrl-C and SIGTERM set all ``stops``, so that the step at hand is finished; a second one interrupts at once."""
 
     def handle(signum: int, _frame: object) -> None:
-        if stop.is_set():
+        if all(stop.is_set() for stop in stops):
             raise KeyboardInterrupt
-        stop.set()
+        for stop in stops:
+            stop.set()
 
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
