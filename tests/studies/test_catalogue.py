@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 
 import pytest
-from test_lab import lab, never
+from test_lab import lab, never, small
 
-from veneer.studies.catalogue import DOCUMENT, STUDIES, find_study, keep, kept, larger
+from veneer.studies.catalogue import DOCUMENT, STUDIES, find_study, keep, kept, larger, naming_diverged
 from veneer.studies.contest import Terms
+from veneer.studies.lab import Lab
 from veneer.studies.result import Finding, Result
 from veneer.train.config import make_config
 from veneer.types import ConfigError
@@ -77,6 +78,26 @@ def test_what_is_kept_replaces_what_was(tmp_path: Path) -> None:
     page = (folder / "study.md").read_text()
     assert "| asked | **worse** | 0.1 |" in page
     assert "`veneer study run rank --seeds 3 --choice-seeds 1 --set rl.steps=2`" in page
+
+
+def test_runs_that_diverge_are_named_whatever_a_study_makes_of_them(tmp_path: Path) -> None:
+    here = lab(tmp_path)
+
+    async def looks_at_nothing(lab: Lab, terms: Terms) -> Result:
+        await lab.run([small(rl={"learning_rate": 1e30}), small(seed=1)])
+        return Result([], "a table\n", {"a": 1}, lambda path: None)
+
+    async def sound(lab: Lab, terms: Terms) -> Result:
+        await lab.run([small(seed=1)])
+        return Result([], "a table\n", {}, lambda path: None)
+
+    for _ in range(2):  # the second time its runs are there already
+        result = asyncio.run(naming_diverged(looks_at_nothing)(here, Terms(2, 1)))
+        assert result.tables.startswith("a table\n\nRuns that diverged")
+        (told,) = result.document["diverged"]
+        assert told.startswith("rank 1, learning rate 1e+30, seed 0: diverged, ")
+        assert f"- {told}" in result.tables
+    assert asyncio.run(naming_diverged(sound)(here, Terms(2, 1))).tables == "a table\n", "not those of a study before"
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "early", "horizon", "layers"])

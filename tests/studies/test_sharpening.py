@@ -15,7 +15,7 @@ from test_lab import lab, never
 from veneer.studies import crossover, entropy, habits
 from veneer.studies.contest import Terms
 from veneer.studies.crossover import _crossing
-from veneer.studies.entropy import OVER, curve_of, fit, smooth
+from veneer.studies.entropy import OVER, curve_of, entropy_result, fit, smooth
 from veneer.train.config import ScorecardSettings
 from veneer.types import ConfigError, RunError
 
@@ -43,7 +43,7 @@ def test_the_studies_run_and_nothing_is_played_twice(runs: Path, monkeypatch: py
     monkeypatch.setattr(habits, "PROBLEMS", 3)
     seen = asyncio.run(habits.conduct(lab(runs), terms))
     assert [one["base"]["episodes"] for one in seen.document["seeds"]] == [12, 12]
-    with pytest.raises(RunError, match=r"the run of seed 0 ended after \d+ steps, and a law takes 12"):
+    with pytest.raises(RunError, match=r"the run of seed 0 ended after \d+ steps; .*, and a law takes 12"):
         asyncio.run(entropy.conduct(lab(runs, never), terms))  # four tokens solve nothing
     patient = Terms(2, 1, (*SMALL, "rl.max_useless_steps=13"))
     law = asyncio.run(entropy.conduct(lab(runs), patient))
@@ -106,3 +106,13 @@ def test_the_first_half_foretells_a_lawful_end() -> None:
     assert abs(broken.foretold - broken.end) > 0.1
     assert len(smooth([0.0] * 60)) == 60 - OVER + 1
     assert math.isclose(smooth([0.0, 0.0, 0.0, 0.0, 5.0])[0], 1.0)
+
+
+def test_a_seed_without_a_law_is_named_and_costs_the_others_nothing() -> None:
+    h = np.linspace(0.8, 0.1, 60)
+    curve = curve_of(steps(list(1.2 - 0.4 * np.exp(h)), list(h)))
+    result = entropy_result({0: curve, 2: curve}, ["the run of seed 1 ended after 9 steps"])
+    assert result.findings[0].verdict == "yes"
+    assert "- without a law: the run of seed 1 ended after 9 steps" in result.tables
+    assert [line.split(" | ")[0] for line in result.tables.splitlines() if line.startswith(("| 0", "| 2"))] == ["| 0", "| 2"]
+    assert result.document["ended"] == ["the run of seed 1 ended after 9 steps"]

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ STUDIES = (
 )
 """Each a module of this package: its docstring says what is asked, QUESTION says it in one sentence, CLAIMS which of the 22 claims it
 tests, ``conduct`` does it, ``arms`` are what it compares, if it compares runs."""
+Conduct = Callable[[Lab, Terms], Coroutine[Any, Any, Result]]
 DOCUMENT, PAGE, PICTURE = "study.json", "study.md", "study.svg"
 
 
@@ -34,7 +35,7 @@ class Study:
     claims: Sequence[int]
     """By their numbers in docs/studies.md."""
     about: str
-    conduct: Callable[[Lab, Terms], Coroutine[Any, Any, Result]]
+    conduct: Conduct
 
 
 def find_study(name: str) -> Study:
@@ -46,7 +47,22 @@ def find_study(name: str) -> Study:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STUDIES)}"
         raise ConfigError(f"no study {name!r}; {hint}")
     module = importlib.import_module(f"veneer.studies.{name}")
-    return Study(name, module.QUESTION, module.CLAIMS, (module.__doc__ or "").strip(), module.conduct)
+    return Study(name, module.QUESTION, module.CLAIMS, (module.__doc__ or "").strip(), naming_diverged(module.conduct))
+
+
+def naming_diverged(conduct: Conduct) -> Conduct:
+    """The same, with the runs that diverged named behind its tables, whatever a study makes of them."""
+
+    async def conducted(lab: Lab, terms: Terms) -> Result:
+        lab.diverged.clear()
+        result = await conduct(lab, terms)
+        told = sorted(f"{outcome}: {outcome.diverged}" for outcome in lab.diverged.values())
+        if not told:
+            return result
+        lines = ["", "Runs that diverged, kept as they were then:", "", *(f"- {line}" for line in told)]
+        return replace(result, tables="\n".join([result.tables.rstrip(), *lines]) + "\n", document={**result.document, "diverged": told})
+
+    return conducted
 
 
 def keep(study: Study, terms: Terms, result: Result, folder: Path) -> dict[str, Any]:

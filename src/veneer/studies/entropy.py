@@ -97,18 +97,24 @@ def curve_of(metrics: Sequence[Mapping[str, Any]]) -> Curve:
 async def conduct(lab: Lab, terms: Terms) -> Result:
     """Raises:
     ConfigError: an override that cannot be applied, or a run that is too short for a law.
-    RunError: a run had nothing to learn and ended before.
+    RunError: fewer than two runs were long enough, as the others had nothing left to learn.
     Interrupted, VeneerError: as ``Lab.run``.
     """
     steps = make_config(overridden(SHARED, (), terms)).rl.steps
     if steps < SHORTEST:
         raise ConfigError(f"rl.steps = {steps}: two laws over means of {OVER} steps take {SHORTEST} steps or more")
     outcomes = await trained(lab, terms)
-    for outcome in outcomes:
-        if outcome.metrics[-1]["step"] < SHORTEST:
-            ended = f"the run of seed {outcome.config.seed} ended after {outcome.metrics[-1]['step']} steps"
-            raise RunError(f"{ended}, and a law takes {SHORTEST}: nothing was left to be learned; give it harder or easier problems")
-    curves = [curve_of(outcome.metrics) for outcome in outcomes]
+    short = {outcome.config.seed: outcome.metrics[-1]["step"] for outcome in outcomes if outcome.metrics[-1]["step"] < SHORTEST}
+    curves = {outcome.config.seed: curve_of(outcome.metrics) for outcome in outcomes if outcome.config.seed not in short}
+    ended = [f"the run of seed {seed} ended after {steps} steps" for seed, steps in short.items()]
+    if len(curves) < 2:
+        raise RunError(f"{'; '.join(ended)}, and a law takes {SHORTEST}: nothing was left to be learned; give it other problems")
+    return entropy_result(curves, ended)
+
+
+def entropy_result(by_seed: Mapping[int, Curve], ended: Sequence[str]) -> Result:
+    """``ended``: of runs that were too short for a law, in words."""
+    curves = list(by_seed.values())
     shares = t_interval([curve.whole.r2 for curve in curves])
     verdict = "yes" if shares.low >= WANTED else "no" if shares.high < WANTED else "undecided"
     foretold = compare_seeds([curve.foretold for curve in curves], [curve.end for curve in curves], MARGIN)
@@ -117,21 +123,18 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
         Finding("what the first half's law says of the end, beside what came", foretold.said("too high", "too low"), foretold.numbers),
     ]
     kept = [{"entropy": list(c.entropy), "reward": list(c.reward), "a": c.whole.a, "b": c.whole.b, "r2": c.whole.r2} for c in curves]
-    return Result(findings, _tables(curves), {"runs": kept}, lambda path: _draw(curves, path))
+    return Result(findings, _tables(by_seed, ended), {"runs": kept, "ended": list(ended)}, lambda path: _draw(curves, path))
 
 
-def _tables(curves: Sequence[Curve]) -> str:
+def _tables(curves: Mapping[int, Curve], ended: Sequence[str]) -> str:
     lines = ["| seed | R^2 | a | b | H, first to last | R at the end | foretold by the first half |", "|---|---|---|---|---|---|---|"]
-    for seed, curve in enumerate(curves):
+    for seed, curve in curves.items():
         law, ends = curve.whole, f"{curve.entropy[0]:.3f} to {curve.entropy[-1]:.3f}"
         lines.append(f"| {seed} | {law.r2:.3f} | {law.a:.2f} | {law.b:.2f} | {ends} | {curve.end:.3f} | {curve.foretold:.3f} |")
-    spent = t_interval([_spent(curve) for curve in curves])
-    return (
-        "\n".join(
-            [*lines, "", f"Of the entropy that a run spends, its first half spends {spent.value:.0%} [{spent.low:.0%}, {spent.high:.0%}]."]
-        )
-        + "\n"
-    )
+    spent = t_interval([_spent(curve) for curve in curves.values()])
+    lines += ["", f"Of the entropy that a run spends, its first half spends {spent.value:.0%} [{spent.low:.0%}, {spent.high:.0%}]."]
+    lines += ["", *(f"- without a law: {one}" for one in ended)] if ended else []
+    return "\n".join(lines) + "\n"
 
 
 def _spent(curve: Curve) -> float:

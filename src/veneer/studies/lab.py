@@ -104,6 +104,8 @@ class Lab:
     """What engines are counted and timed with; None: this lab only makes runs."""
     merge: Merge | None = None
     """What writes adapters into a base's weights."""
+    diverged: dict[Path, Outcome] = field(default_factory=dict)
+    """Runs that did, of all that were asked for, by folder; whoever wants to know of one study empties it before."""
     _places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
     async def run(self, configs: Sequence[RunConfig]) -> list[Outcome]:
@@ -123,6 +125,8 @@ class Lab:
             async def one(folder: Path, config: RunConfig, free: asyncio.Semaphore = free) -> None:
                 async with free:
                     found[folder] = await self._one(folder, config)
+                    if found[folder].diverged:
+                        self.diverged[folder] = found[folder]
                     self.told(found[folder], len(found), len(wanted))
 
             await self.together([one(folder, config) for folder, config in here.items()])
