@@ -92,6 +92,26 @@ def test_verdicts(differences: list[float], verdict: str) -> None:
     assert found.seeds == len(differences)
 
 
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_an_error_that_all_seeds_share_is_not_called_a_difference(seeds: int) -> None:
+    """However many seeds say the same."""
+    rng = np.random.default_rng(seeds)
+    rows = rng.normal(0, 0.03, (DRAWS, seeds)) + rng.normal(0, 0.03, (DRAWS, 1))
+    told, blind = ([compare_seeds(row, [0.0] * seeds, 0.01, choice).verdict for row in rows] for choice in (0.03, 0.0))
+    assert (told.count("better") + told.count("worse")) / DRAWS <= 0.05 + SLACK
+    assert (blind.count("better") + blind.count("worse")) / DRAWS > 0.1
+
+
+def test_a_shared_error_is_said_and_takes_no_equality_away() -> None:
+    near, far = [0.501, 0.499, 0.502, 0.5, 0.498], [0.60, 0.62, 0.61, 0.59, 0.60]
+    assert compare_seeds(near, [0.5] * 5, 0.03, 0.5).verdict == "equal"
+    assert compare_seeds(far, [0.5] * 5, 0.03, 0.01).verdict == "better"
+    unsure = compare_seeds(far, [0.5] * 5, 0.03, 0.2)
+    assert (unsure.verdict, unsure.seeds_needed) == ("undecided", None)
+    assert "choice of rates +-0.2" in str(unsure)
+    assert "choice" not in str(compare_seeds(far, [0.5] * 5, 0.03))
+
+
 def test_a_hopeless_comparison_says_so() -> None:
     found = compare_seeds([1.0, -1.0, 1.0, -0.999], [0.0] * 4, 0.001)
     assert (found.verdict, found.seeds_needed) == ("undecided", None)

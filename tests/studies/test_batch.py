@@ -47,8 +47,10 @@ def test_what_makes_batches_comparable_cannot_be_set(study: ModuleType, override
         asyncio.run(study.conduct(lab(tmp_path, never), Terms(2, 1, (override,))))
 
 
-def contest(full: list[float], thin: list[float]) -> SimpleNamespace:
-    entrants = [SimpleNamespace(arm=SimpleNamespace(name=name), scores=scores) for name, scores in (("full", full), ("rank 8", thin))]
+def contest(full: list[float], thin: list[float], choice: float = 0.0) -> SimpleNamespace:
+    judged = {"full": None, "rank 8": SimpleNamespace(choice=choice)}
+    scores = {"full": full, "rank 8": thin}
+    entrants = [SimpleNamespace(arm=SimpleNamespace(name=name), scores=scores[name], comparison=judged[name]) for name in judged]
     return SimpleNamespace(entrants=entrants, reference=entrants[0])
 
 
@@ -61,6 +63,14 @@ def test_words_for_a_trend(lacking: list[float], word: str) -> None:
     small, large = contest(seeds, seeds), contest(seeds, [score - more for score, more in zip(seeds, lacking, strict=True)])
     (finding,) = trends(batch.SIZES, cast("Any", {8: small, 128: large}))
     assert finding.verdict == word
+
+
+def test_a_trend_that_another_choice_of_rates_might_have_made_is_none() -> None:
+    seeds = [-0.5, -0.6, -0.7]
+    small, large = contest(seeds, seeds, 0.03), contest(seeds, [score - 0.2 for score in seeds], 0.04)
+    (finding,) = trends(batch.SIZES, cast("Any", {8: small, 128: large}))
+    assert finding.verdict == "undecided"
+    assert "choice of rates +-0.05" in finding.numbers
 
 
 @pytest.mark.parametrize(

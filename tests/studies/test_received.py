@@ -23,12 +23,14 @@ FULL = [0.8, 0.81, 0.82]
 def contest(thin: float) -> Any:
     """All solve 0.8 but for the thinnest, which solves this much less; all were told 600 bits, and the base solves 0.2."""
 
+    sweep = SimpleNamespace(choice_error=lambda deviation: 0.001)
+
     def entrant(name: str, less: float, reference: bool) -> SimpleNamespace:
         scores = [score - less for score in FULL]
         metrics = [{"step": 0}, {"bits": 400.0}, {"bits": 200.0}]
         outcomes = [SimpleNamespace(score=score, score_before=0.2, metrics=metrics) for score in scores]
         comparison = None if reference else compare_seeds(scores, FULL, 0.03)
-        return SimpleNamespace(arm=SimpleNamespace(name=name), outcomes=outcomes, comparison=comparison, scores=scores)
+        return SimpleNamespace(arm=SimpleNamespace(name=name), outcomes=outcomes, comparison=comparison, scores=scores, sweep=sweep)
 
     made = [entrant("wide", 0.0, True), entrant(THICK, 0.0, False), entrant(THIN, thin, False)]
     return SimpleNamespace(entrants=made, reference=made[0], margin=0.03)

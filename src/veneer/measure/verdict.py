@@ -32,6 +32,8 @@ class Comparison:
     seeds_needed: int | None
     """How many would decide an undecided comparison with a chance of POWER, if mean and deviation are what they look like; None: it
     is decided, or would need more than MOST_SEEDS."""
+    choice: float = 0.0
+    """Standard deviation of an error that all seeds share, as that of having chosen learning rates on few runs."""
 
     def __str__(self) -> str:
         return f"{self.verdict} ({self._difference}){self.wanted}"
@@ -47,7 +49,8 @@ class Comparison:
 
     @property
     def _difference(self) -> str:
-        return f"{self.difference}, margin {self.margin:g}, {self.seeds} seeds"
+        choice = f", choice of rates +-{self.choice:.2g}" if self.choice else ""
+        return f"{self.difference}, margin {self.margin:g}, {self.seeds} seeds{choice}"
 
     @property
     def wanted(self) -> str:
@@ -61,12 +64,15 @@ def seeds_wanted(comparisons: Iterable[Comparison]) -> str:
     return max(unsure, key=lambda one: one.seeds_needed or MOST_SEEDS + 1).wanted if unsure else ""
 
 
-def compare_seeds(arm: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray, margin: float) -> Comparison:
+def compare_seeds(
+    arm: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray, margin: float, choice: float = 0.0
+) -> Comparison:
     """Compare scores, one a seed, of which more is better; the same place in both is the same seed.
 
     The interval is Student's t for paired differences. An arm is ``equal`` if all of it lies within ``margin`` of 0 (two one-sided
     tests, Schuirmann 1987, https://doi.org/10.1007/BF01068419, at 2.5% each), else ``better`` or ``worse`` if it excludes 0, else
-    ``undecided``: no evidence of a difference is no evidence of there being none.
+    ``undecided``: no evidence of a difference is no evidence of there being none. ``choice``: standard deviation of an error that all
+    seeds share; a difference is better or worse only if an interval that is as much wider excludes 0 too.
 
     Raises:
         ValueError: fewer than two seeds, not as many in both, a score that is no finite number, or no margin.
@@ -79,9 +85,9 @@ def compare_seeds(arm: Sequence[float] | np.ndarray, reference: Sequence[float] 
     if not np.isfinite(differences).all():
         raise ValueError("a score is no finite number; give what a diverged run scored")
     difference, deviation = t_interval(differences), float(differences.std(ddof=1))
-    verdict = _judge(difference, margin)
-    needed = _seeds_needed(difference.value, deviation, len(differences), margin) if verdict == "undecided" else None
-    return Comparison(difference, deviation, len(differences), margin, verdict, needed)
+    verdict = _judge(difference, _widened(difference, deviation, len(differences), choice), margin)
+    needed = _seeds_needed(difference.value, deviation, len(differences), margin, choice) if verdict == "undecided" else None
+    return Comparison(difference, deviation, len(differences), margin, verdict, needed, choice)
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> Mean:
@@ -100,22 +106,30 @@ def t_interval(values: Sequence[float] | np.ndarray) -> Mean:
     return Mean(mean, mean - half, mean + half)
 
 
-def _judge(difference: Mean, margin: float) -> Verdict:
+def _widened(difference: Mean, deviation: float, seeds: int, choice: float) -> Mean:
+    """The interval of a difference with an error that all seeds share."""
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(seeds - 1, 0.975)) * math.hypot(deviation / math.sqrt(seeds), choice)
+    return Mean(difference.value, difference.value - half, difference.value + half)
+
+
+def _judge(difference: Mean, widened: Mean, margin: float) -> Verdict:
     if -margin < difference.low and difference.high < margin:
         return "equal"
-    if difference.low > 0:
+    if widened.low > 0:
         return "better"
-    return "worse" if difference.high < 0 else "undecided"
+    return "worse" if widened.high < 0 else "undecided"
 
 
-def _seeds_needed(mean: float, deviation: float, seeds: int, margin: float) -> int | None:
+def _seeds_needed(mean: float, deviation: float, seeds: int, margin: float, choice: float) -> int | None:
     """The usual sample size of a paired t test, (t_0.975 + t_POWER) * deviation / sqrt(n), for whichever is nearer: that the difference
     is not 0, or that it is less than the margin."""
     from scipy.special import stdtrit
 
     more = np.arange(seeds + 1, MOST_SEEDS + 1)
     error, sure = deviation / np.sqrt(more), stdtrit(more - 1, 0.975)
-    differs = (sure + stdtrit(more - 1, POWER)) * error <= abs(mean)
+    differs = sure * np.hypot(error, choice) + stdtrit(more - 1, POWER) * error <= abs(mean)
     equals = (sure + stdtrit(more - 1, (1 + POWER) / 2)) * error <= margin - abs(mean)  # it can fail on either side
     enough = differs | equals
     return int(more[enough.argmax()]) if enough.any() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ def trends(sizes: Sizes, contests: Mapping[int, Contest]) -> list[Finding]:
     first, last = gaps(contests[small]), gaps(contests[large])
     found = []
     for arm in first:
-        comparison = compare_seeds(last[arm], first[arm], sizes.margin)
+        choices = [e.comparison.choice for n in (small, large) for e in contests[n].entrants if e.arm.name == arm and e.comparison]
+        comparison = compare_seeds(last[arm], first[arm], sizes.margin, math.hypot(*choices))
         asked = f"{arm}: what it lacks beside full fine-tuning, in {sizes.named(large)} beside {small}"
         found.append(Finding(asked, comparison.said("shrinks", "grows"), comparison.numbers))
     return found

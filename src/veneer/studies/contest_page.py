@@ -130,7 +130,7 @@ def _document(contest: Contest) -> dict[str, Any]:
 def _compared(comparison: Comparison) -> dict[str, Any]:
     ends = {"value": comparison.difference.value, "low": comparison.difference.low, "high": comparison.difference.high}
     said = {"verdict": comparison.verdict, "seeds_needed": comparison.seeds_needed}
-    return {**ends, "deviation": comparison.deviation, "seeds": comparison.seeds, **said}
+    return {**ends, "deviation": comparison.deviation, "seeds": comparison.seeds, "choice": comparison.choice, **said}
 
 
 # ---------------------------------------------------------------- picture

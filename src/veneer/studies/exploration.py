@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from veneer.measure.verdict import compare_seeds, t_interval
-from veneer.studies.contest import Arm, Contest, Entrant, Terms, hold_contest
+from veneer.studies.contest import Arm, Contest, Entrant, Terms, compare_arms, hold_contest
 from veneer.studies.contest_page import COLOURS, contest_result, draw_contest
 from veneer.studies.drawing import picture
 from veneer.studies.lab import Lab, Outcome
@@ -82,8 +82,8 @@ def right_answers(outcome: Outcome) -> float:
 
 def _apart(contest: Contest) -> Finding:
     """What reward is ahead by of imitation that explores too."""
-    scores = {entrant.arm.name: entrant.scores for entrant in contest.entrants}
-    told = compare_seeds(scores[REWARDED], scores[ROUNDS], contest.margin)
+    one, other = (next(entrant for entrant in contest.entrants if entrant.arm.name == name) for name in (REWARDED, ROUNDS))
+    told = compare_arms(one.scores, one.sweep, other.scores, other.sweep, contest.margin)
     return Finding(f"{REWARDED} beside {ROUNDS}, each at its best learning rate", told.verdict, str(told))
 
 

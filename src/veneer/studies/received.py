@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from veneer.measure.verdict import compare_seeds, t_interval
-from veneer.studies.contest import Arm, Contest, Entrant, Terms, config_of, hold_contest, overridden
+from veneer.measure.verdict import t_interval
+from veneer.studies.contest import Arm, Contest, Entrant, Terms, compare_arms, config_of, hold_contest, overridden
 from veneer.studies.contest_page import COLOURS, contest_result
 from veneer.studies.demand import Demanded, demand_findings
 from veneer.studies.drawing import picture
@@ -91,7 +91,7 @@ def received_findings(contest: Contest, parameters: Mapping[str, int]) -> list[F
     entrants = {entrant.arm.name: entrant for entrant in contest.entrants}
     thin, thick = entrants[THIN], entrants[THICK]
     each = [_bits(outcome) / parameters[THIN] for outcome in _runs(thin)]
-    beside = compare_seeds(thin.scores, thick.scores, contest.margin)
+    beside = compare_arms(thin.scores, thin.sweep, thick.scores, thick.sweep, contest.margin)
     told = [
         Demanded(entrant.arm.name, t_interval([_bits(o) for o in _runs(entrant)]).value / parameters[entrant.arm.name], entrant.comparison)
         for entrant in contest.entrants
