@@ -15,7 +15,7 @@ from veneer.measure.verdict import compare_seeds
 from veneer.studies import received
 from veneer.studies.contest import Terms
 from veneer.studies.demand import Demanded, demand_findings
-from veneer.studies.received import THICK, THIN, _last_quarter, conduct, received_findings
+from veneer.studies.received import THICK, THIN, _late_rise, conduct, received_findings
 
 FULL = [0.8, 0.81, 0.82]
 
@@ -65,8 +65,8 @@ def test_one_undecided_arm_leaves_it_undecided_and_one_worse_breaks_it() -> None
 
 def test_the_course_of_the_rewards() -> None:
     metrics = [{"reward/total": reward} for reward in (0.1, 0.1, 0.4, 0.4, 0.6, 0.6, 0.7, 0.8)]
-    assert _last_quarter(cast("Any", SimpleNamespace(metrics=metrics))) == pytest.approx(0.15)
-    assert _last_quarter(cast("Any", SimpleNamespace(metrics=metrics[:3]))) == 0.0
+    assert _late_rise(cast("Any", SimpleNamespace(metrics=metrics))) == pytest.approx(0.15)
+    assert _late_rise(cast("Any", SimpleNamespace(metrics=metrics[:3]))) == 0.0
 
 
 def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ SIZES = Sizes(
     lora_rates=tuple(5e-4 * 2**k for k in range(6)),
     full_rates=tuple(5e-5 * 2**k for k in range(6)),
     margin=0.02,
-    scored="minus the held-out loss in nats a token",
+    losses=True,
 )
 
 

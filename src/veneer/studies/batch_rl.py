@@ -35,7 +35,7 @@ SIZES = Sizes(
     lora_rates=tuple(3.75e-4 * 2**k for k in range(6)),
     full_rates=tuple(3.75e-5 * 2**k for k in range(6)),
     margin=0.03,
-    scored="the reward on held-out problems",
+    losses=False,
 )
 
 

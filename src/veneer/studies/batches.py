@@ -30,8 +30,12 @@ class Sizes:
     full_rates: Sequence[float]
     margin: float
     """Of a score."""
-    scored: str
-    """What a score is."""
+    losses: bool
+    """A score is minus a held-out loss, and otherwise a reward on held-out problems."""
+
+    @property
+    def scored(self) -> str:
+        return "minus the held-out loss in nats a token" if self.losses else "the reward on held-out problems"
 
     def named(self, batch: int) -> str:
         return f"batches of {batch} {self.of}"
@@ -84,16 +88,15 @@ def _gaps(sizes: Sizes, contests: Mapping[int, Contest]) -> str:
 def _draw(sizes: Sizes, contests: Mapping[int, Contest], path: Path) -> None:
     """What each learning rate reaches, batch by batch, and on the right what adapters lack."""
     colours = ("#555555", "#0066cc", "#cc5500")
-    losses = all(mean < 0 for contest in contests.values() for e in contest.entrants for mean in e.sweep.means.values())
     with picture(path, 2.8 * (len(contests) + 1), 3.0) as figure:
         *parts, last = figure.subplots(1, len(contests) + 1)
         for axes, (batch, contest) in zip(parts, contests.items(), strict=True):
             for entrant, colour in zip(contest.entrants, colours, strict=False):
-                heights = [-mean if losses else mean for mean in entrant.sweep.means.values()]
+                heights = [-mean if sizes.losses else mean for mean in entrant.sweep.means.values()]
                 axes.plot(list(entrant.sweep.means), heights, color=colour, marker="o", markersize=3, label=entrant.arm.name)
             axes.set(xscale="log", xlabel="learning rate", title=sizes.named(batch))
-            axes.set_yscale("log" if losses else "linear")
-        parts[0].set_ylabel("held-out loss" if losses else "held-out score")
+            axes.set_yscale("log" if sizes.losses else "linear")
+        parts[0].set_ylabel("held-out loss" if sizes.losses else "held-out score")
         parts[0].legend(frameon=False, fontsize=7)
         last.axhline(0, color=colours[0], linewidth=0.8)
         for arm, colour in zip(gaps(contests[min(contests)]), colours[1:], strict=False):

@@ -6,7 +6,8 @@ small that one map of one layer, at rank 1, has fewer parameters than a run of 4
 rank 16, what a run is told is not what an adapter has to hold. Beside an adapter of all layers one map is in one place as well as thin.
 
 The map is the one that learned most of seven that were tried at rank 1 on another seed, so it says what one map can do, not what any can.
-Bits received are the entropy of the rewards in every group, by its plug-in estimate, which is low: the most that rewards tell is more.
+Bits are the entropy of the rewards in every group, the most that they could tell (by its plug-in estimate, which is a little low). What a
+learner makes of them is less: the study of the bandit finds a fraction.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _bits(outcome: Outcome) -> float:
     return sum(float(m["bits"]) for m in outcome.metrics if "bits" in m)
 
 
-def _last_quarter(outcome: Outcome) -> float:
+def _late_rise(outcome: Outcome) -> float:
     """By how much the mean reward of episodes rose from the third quarter of the steps to the last: near 0, more would teach little."""
     rewards = [float(m["reward/total"]) for m in outcome.metrics if "reward/total" in m]
     quarter = len(rewards) // 4
@@ -99,9 +100,7 @@ def received_findings(contest: Contest, parameters: Mapping[str, int]) -> list[F
     ]
     return [
         Finding(f"{THIN}, {parameters[THIN]:,} parameters, beside {THICK}, {parameters[THICK]:,}", beside.verdict, str(beside)),
-        Finding(
-            f"bits received for each parameter of {THIN}, by an estimate that is low", f"{t_interval(each).value:.1f}", interval_of(each)
-        ),
+        Finding(f"bits that rewards could tell at most, for each parameter of {THIN}", f"{t_interval(each).value:.1f}", interval_of(each)),
         *demand_findings(contest.reference.arm.name, told),
     ]
 
@@ -113,7 +112,7 @@ def _table(contest: Contest, parameters: Mapping[str, int]) -> str:
         count, bits = parameters[entrant.arm.name], [_bits(outcome) for outcome in _runs(entrant)]
         cells = [entrant.arm.name, f"{count:,}", f"{t_interval(bits).value:,.0f}", interval_of([one / count for one in bits])]
         cells += [interval_of([outcome.score - outcome.score_before for outcome in entrant.outcomes])]
-        lines.append(f"| {' | '.join(cells)} | {interval_of([_last_quarter(outcome) for outcome in _runs(entrant)])} |")
+        lines.append(f"| {' | '.join(cells)} | {interval_of([_late_rise(outcome) for outcome in _runs(entrant)])} |")
     lines += [
         "",
         "Means over seeds with 95% intervals; gained is in the score on held-out problems, and in the last quarter of the steps in the",

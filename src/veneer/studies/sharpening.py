@@ -63,7 +63,7 @@ async def both(lab: Lab, outcome: Outcome, config: RunConfig) -> AsyncGenerator[
     place = lab.place(config)
     checkpoint, _ = read_adapter(outcome.folder / ADAPTER)
     await place.engine.load_state(TRIED, checkpoint)
-    params = SamplingParams(max_tokens=config.rl.max_tokens)
+    params = SamplingParams(max_tokens=config.max_tokens if config.plays else config.rl.max_tokens)
     start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in (None, TRIED))
     try:
         async with closing(load_env(config.env.name, config.env.args)) as dataset:

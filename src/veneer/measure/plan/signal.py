@@ -122,6 +122,16 @@ def _resampled(rates: PassRates) -> list[PassRates]:
     return [PassRates(tuple(rng.choice(rates.array, len(rates.rates_P)).tolist()), rates.tries) for _ in range(count)]
 
 
+def plan_pass_rate(rates: PassRates) -> Figure:
+    """The mean over problems. The range: problems drawn anew from those measured, 95%."""
+    count = len(rates.rates_P)
+    formula = f"mean over {count} problems" + (f", {rates.tries} tries at each" if rates.tries else "")
+    if count == 1:
+        return Figure("pass rate", rates.mean, "", formula, "measured or given", note="of one problem: what others have is not known")
+    low, high = np.quantile([one.mean for one in _resampled(rates)], (0.025, 0.975)).tolist()
+    return Figure("pass rate", rates.mean, "", formula, "measured or given", min(low, rates.mean), max(high, rates.mean))
+
+
 def plan_useful(rates: PassRates, group_size: int) -> Figure:
     """The share of useful groups of a given size."""
     value = useful_groups(rates.population(), group_size)

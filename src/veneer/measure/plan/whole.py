@@ -169,7 +169,7 @@ def _signal(wish: Wish) -> tuple[list[Figure], StepWork]:
         if wish.group_size is None and planned.value is not None:
             group_size = max(2, int(planned.value))
         figures = [
-            Figure("pass rate", wish.rates.mean, "", f"mean over {len(wish.rates.rates_P)} problems", "measured or given"),
+            signal.plan_pass_rate(wish.rates),
             planned,
             signal.plan_useful(wish.rates, group_size),
             signal.plan_bits(wish.rates, group_size),
@@ -236,7 +236,10 @@ def _rate(shape: ModelShape, wish: Wish, steps: int, rule: Rule, maps: Sequence[
 def _batch(wish: Wish, work: StepWork, rank: int, steps: int) -> Figure:
     """The guard-rail, with its evidence."""
     if wish.kind == "sft":
-        source = f"{TML}, section on batch size: on 10,000 examples the gap to full fine-tuning grows with the batch, at every rank"
+        source = (
+            f"{TML}, section on batch size: on 10,000 examples the gap to full fine-tuning grows with the batch, at every rank; "
+            "on the 512 of docs/studies/batch.md ranks 8 and 64 equal it in batches of 128"
+        )
         note = f"up to {SMALL_BATCH} is safe; here {steps:,} steps"
         return Figure("batch", work.episodes, "sequences", "given", source, min(8, work.episodes), max(SMALL_BATCH, work.episodes), note)
     source = (
@@ -273,6 +276,9 @@ def _memory(shape: ModelShape, wish: Wish, work: StepWork, maps: Sequence[Linear
     ]
 
 
+ENDS = "for answers of one length; where they end by themselves 4% more was counted (docs/studies/cost.md)"
+
+
 def _compute(shape: ModelShape, wish: Wish, work: StepWork, trained: Trained) -> list[Figure]:
     source = f"{TML}, section on compute; checked by tests/measure/test_flops.py against torch's counter"
     ratio = formula_ratio(shape.maps, trained.maps, trained.rank)
@@ -295,8 +301,8 @@ def _compute(shape: ModelShape, wish: Wish, work: StepWork, trained: Trained) ->
     return [
         *figures,
         Figure("a step", mine.total, "FLOPs", _parts(mine), source, note="norms, activations and the optimizer apart"),
-        Figure("a step to full", mine.linear / full.linear, "x", "linear maps: prompts, sampling, training", source),
-        Figure("a step to full, with attention", mine.total / full.total, "x", "the same and attention's own products", source),
+        Figure("a step to full", mine.linear / full.linear, "x", "linear maps: prompts, sampling, training", source, note=ENDS),
+        Figure("a step to full, with attention", mine.total / full.total, "x", "the same and attention's own products", source, note=ENDS),
     ]
 
 
