@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +104,22 @@ def t_interval(values: Sequence[float] | np.ndarray) -> Mean:
     quantile = float(stdtrit(len(numbers) - 1, 0.975))
     mean, half = float(numbers.mean()), quantile * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
     return Mean(mean, mean - half, mean + half)
+
+
+def pseudo_values(pairs: Mapping[tuple[int, int], float]) -> list[float]:
+    """Of a mean over all pairs of seeds, a value for each seed: pairs that share a seed are not independent, these nearly are, and have its
+    mean. n m - (n - 1) m without the pairs of a seed (the jackknife of a U-statistic; Arvesen 1969,
+    https://doi.org/10.1214/aoms/1177697287).
+
+    Raises:
+        ValueError: of fewer than three seeds.
+    """
+    seeds = sorted({seed for pair in pairs for seed in pair})
+    if len(seeds) < 3:
+        raise ValueError(f"an interval of what pairs of seeds have in common needs three seeds or more, not {len(seeds)}")
+    whole = float(np.mean(list(pairs.values())))
+    without = [float(np.mean([value for pair, value in pairs.items() if seed not in pair])) for seed in seeds]
+    return [len(seeds) * whole - (len(seeds) - 1) * one for one in without]
 
 
 def _widened(difference: Mean, deviation: float, seeds: int, choice: float) -> Mean:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veneer.measure.anatomy import Overlap, Update, Visible, in_bfloat16, overlap_of, share_visible, updates_of, visible
-from veneer.measure.verdict import compare_seeds, t_interval
+from veneer.measure.verdict import compare_seeds, pseudo_values, t_interval
 from veneer.store.adapters import read_adapter
 from veneer.studies.contest import Arm, Terms, config_of, overridden, terms_for
 from veneer.studies.demonstrations import write_demonstrations
@@ -76,14 +76,19 @@ class Shown:
     """Shares that changed in float32."""
     beyond: Sequence[float]
     """Shares that changed by more than 1e-5 in bfloat16."""
-    overlaps: Sequence[Overlap]
-    """Of neighbouring seeds."""
+    overlaps: Mapping[tuple[int, int], Overlap]
+    """Of all pairs of seeds with a visible change."""
     gained: Sequence[float]
     """Score at the end less that of the start."""
 
     @property
     def name(self) -> str:
         return f"{self.way}, {self.rate:g}"
+
+    def common(self, what: str) -> list[float]:
+        """What pairs of seeds have in common, as a value for each seed: measured, by_magnitude or by chance. Empty of two seeds."""
+        pairs = {pair: float(getattr(overlap, what)) for pair, overlap in self.overlaps.items()}
+        return pseudo_values(pairs) if len(pairs) > 1 else []
 
 
 async def conduct(lab: Lab, terms: Terms) -> Result:
@@ -140,7 +145,7 @@ def _look(base: Weights, way: str, rate: float, steps: int, outcomes: Sequence[O
         [share_visible(base, found, "bfloat16") for found in updates],
         [_share(base, found, "float32", 0.0) for found in updates],
         [_share(rounded, found, "bfloat16", 1e-5) for found in updates],
-        [overlap_of(list(rounded.values()), one, other) for one, other in itertools.pairwise(some)],
+        {pair: overlap_of(list(rounded.values()), *(some[seed] for seed in pair)) for pair in itertools.combinations(range(len(some)), 2)},
         [outcome.score - outcome.score_before for outcome in outcomes],
     )
 
@@ -165,7 +170,7 @@ def _findings(every: Sequence[Shown]) -> list[Finding]:
     found += [_of_steps([one for one in every if (one.way, one.rate) == (way, min(RATES))]) for way in SHARED]
     for one in shown:
         if len(one.overlaps) > 1:
-            apart = compare_seeds([o.measured for o in one.overlaps], [o.by_magnitude for o in one.overlaps], MARGIN)
+            apart = compare_seeds(one.common("measured"), one.common("by_magnitude"), MARGIN)
             asked = f"{one.name}: overlap of two seeds beside that of choosing by magnitude alone"
             found.append(Finding(asked, apart.said("more", "less"), apart.numbers))
     return found
@@ -197,7 +202,7 @@ def _tables(shown: Sequence[Shown]) -> str:
     heads += ("overlap of seeds", "by magnitude", "by chance")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one in shown:
-        overlaps = [[getattr(o, key) for o in one.overlaps] for key in ("measured", "by_magnitude", "chance")]
+        overlaps = [one.common(what) for what in ("measured", "by_magnitude", "chance")]
         cells = [f"{one.steps}", f"{t_interval(one.gained).value:+.3f}", _percent(one.moved), _percent([v.measured for v in one.visible])]
         cells += [
             _percent([v.null for v in one.visible]),
@@ -211,7 +216,7 @@ def _tables(shown: Sequence[Shown]) -> str:
             [
                 *lines,
                 "",
-                "Means over seeds with 95% intervals; overlaps are of neighbouring seeds. Gained: in the score of each way's runs.",
+                "Means over seeds with 95% intervals; overlaps: all pairs of seeds, by the jackknife. Gained: in each way's score.",
             ]
         )
         + "\n"
@@ -235,7 +240,7 @@ def _one(one: Shown) -> dict[str, Any]:
         "bfloat16_unrounded_before": [v.measured for v in one.unrounded],
         "float32": one.moved,
         "beyond_1e-5": one.beyond,
-        "overlaps": [[o.measured, o.by_magnitude, o.chance] for o in one.overlaps],
+        "overlaps": [[*pair, o.measured, o.by_magnitude, o.chance] for pair, o in one.overlaps.items()],
         "gained": one.gained,
     }
 
@@ -255,7 +260,7 @@ def _draw(every: Sequence[Shown], path: Path) -> None:
                 _line(middle, [one.steps for one in there], shares, colour, "-", f"{way}, {rate:g}", 0.4 + 0.6 * place / len(RATES))
             two = [one for one in mine if len(one.overlaps) > 1]
             for key, style, more in (("measured", "-", ""), ("by_magnitude", ":", ", by magnitude"), ("chance", "--", ", by chance")):
-                _line(right, [one.rate for one in two], [[getattr(o, key) for o in one.overlaps] for one in two], colour, style, way + more)
+                _line(right, [one.rate for one in two], [one.common(key) for one in two], colour, style, way + more)
         visibly = "share of weights visible in bfloat16"
         for axes, across, up in (
             (left, "learning rate", visibly),
