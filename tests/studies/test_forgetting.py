@@ -53,6 +53,15 @@ def test_words() -> None:
     assert "at an accuracy of 0.80: by reward beside" in found[0].question
 
 
+def test_each_pair_is_compared_where_both_of_it_come() -> None:
+    """One way that gets nowhere does not have the others compared where they have hardly begun."""
+    poor = [Point(5 * i, 0.1 * i, 2.0 * i, 0.0) for i in range(3)]
+    found = _findings({REWARDED: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [poor] * 2})
+    assert "at an accuracy of 0.80: by reward beside by demonstrations in its manner" in found[0].question
+    assert "at an accuracy of 0.20: by reward beside by demonstrations in another" in found[2].question
+    assert [finding.verdict for finding in found[:4:2]] == ["less", "less"]
+
+
 def test_who_never_gets_there_decides_nothing() -> None:
     flat = [[Point(0, 0.5, 0.0, 0.0), Point(5, 0.2, 1.0, 0.1), Point(10, 0.1, 2.0, 0.5)]] * 2
     found = _findings({REWARDED: [course(1.0, 0.1)] * 2, OWN: flat, OTHER: flat})
