@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from test_lab import lab
+from test_lab import small as toy
 
 from veneer.engine import LoraEngine, load_base
 from veneer.engine.counting import Bench
 from veneer.engine.merge import Rounding, write_merged
+from veneer.store.adapters import read_adapter
 from veneer.store.stack import stack_adapters
 from veneer.studies import merging
 from veneer.studies.contest import Terms
-from veneer.studies.merging import Merged, answers_logprobs, conduct
+from veneer.studies.merging import BESIDE, Merged, _solved, answers_logprobs, conduct
 from veneer.studies.result import Result
 from veneer.types import Checkpoint, ConfigError, RunError, SamplingParams
 
@@ -58,7 +60,7 @@ def test_the_whole_study_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.
         if one.dtype == "float32":
             assert one.lost < 1e-2
             assert one.gap < 1e-3
-            assert abs(one.solved - one.solved_beside) <= 1 / 4
+            assert one.solved == one.solved_beside, "the same draws from the same probabilities"
         elif one.strength == 1:
             assert 1e-3 < one.lost < 0.5
             assert 1e-3 < one.gap_share < 0.5
@@ -78,6 +80,22 @@ def test_a_merging_that_halves_the_update_differs(folder: Path) -> None:
     result = study(folder, halved)
     assert result.findings[0].verdict == "differs"
     assert all(one["gap_share"] > 0.1 for one in result.document["merged"])
+
+
+def test_what_is_solved_is_what_the_adapter_solves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what its base does: one that was spoilt solves nothing."""
+    monkeypatch.setattr(merging, "PROBLEMS", 24)
+    here = lab(tmp_path)
+    (spoilt,) = asyncio.run(here.run([toy(rl={"learning_rate": 0.3})]))
+    place = here.place(spoilt.config)
+
+    async def solved() -> tuple[float, float]:
+        await place.engine.load_state(BESIDE, read_adapter(spoilt.folder / "adapter")[0])
+        return await _solved(place, None, spoilt.config), await _solved(place, BESIDE, spoilt.config)
+
+    base, adapted = asyncio.run(solved())
+    assert base > 0
+    assert adapted == 0.0
 
 
 def test_log_probabilities_are_those_of_the_answers() -> None:
