@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,10 @@ def test_sft(veneer: Veneer, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert result.document["nll_after"] < result.document["nll_before"]
     assert result.document["adapter"] == "s@1"
+    assert result.document["capacity_bits"] == result.document["trainable_parameters"]
+    assert result.document["saturation"] == pytest.approx(result.document["bits"] / result.document["capacity_bits"])
+    first = [m for m in map(json.loads, (Path(result.document["run_folder"]) / "metrics.jsonl").read_text().splitlines()) if m["step"]][0]
+    assert result.document["bits"] >= first["train_mean_nll"] * first["tokens"] / math.log(2)
 
 
 # ---------------------------------------------------------------- mistakes

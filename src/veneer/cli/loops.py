@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.measure.intervals import wilson
-from veneer.measure.ledger import ledger
+from veneer.measure.ledger import ledger, text_ledger
 from veneer.measure.noise_scale import noise_scale
 from veneer.train import distill, dpo, rejection, rl, sft
 from veneer.train.distill import Teacher
@@ -35,7 +35,11 @@ async def run_rl(session: Session, dataset: EnvDataset | None, teacher: Teacher 
 
 async def run_sft(session: Session, dataset: EnvDataset | None, teacher: Teacher | None) -> dict[str, Any]:
     result = await sft.train(session)
-    return {"kind": "sft", **dataclasses.asdict(result), **_around(session.run.metrics(), "eval/mean_nll", "nll")}
+    metrics = session.run.metrics()
+    summary = {"kind": "sft", **dataclasses.asdict(result), **_around(metrics, "eval/mean_nll", "nll")}
+    if result.steps:
+        summary |= dataclasses.asdict(text_ledger(metrics, result.rows, session.config.sft.batch_size, session.trainable))
+    return summary
 
 
 async def run_dpo(session: Session, dataset: EnvDataset | None, teacher: Teacher | None) -> dict[str, Any]:
@@ -55,7 +59,9 @@ async def run_rejection(session: Session, dataset: EnvDataset | None, teacher: T
     assert dataset is not None
     async with closing(dataset):
         result = await rejection.train(session, dataset)
-    return {"kind": "rejection", "env": dataset.name, **dataclasses.asdict(result), **_scored(session.run.metrics())}
+    metrics = session.run.metrics()
+    summary = {"kind": "rejection", "env": dataset.name, **dataclasses.asdict(result), **_scored(metrics)}
+    return summary | dataclasses.asdict(ledger(metrics, session.run.timings(), session.trainable))
 
 
 async def run_distill(session: Session, dataset: EnvDataset | None, teacher: Teacher | None) -> dict[str, Any]:

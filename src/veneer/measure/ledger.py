@@ -1,4 +1,4 @@
-"""What a run received from its rewards, what it could hold, and what episodes cost that taught nothing."""
+"""What a run received from its rewards or its texts, what it could hold, and what episodes cost that taught nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class Ledger:
     bits: float
     """Received: of all groups the entropy of their rewards, which bounds what a policy gradient can learn from them."""
     bits_per_episode: float
+    bits_corrected: float
+    """Without most of what the plug-in estimate lacks in small groups."""
     capacity_bits: int
     """One for each trained parameter, as "LoRA Without Regret" counts (https://thinkingmachines.ai/blog/lora/); two is the most that was
     seen in one (Allen-Zhu & Li 2024, https://arxiv.org/abs/2404.05405)."""
@@ -25,12 +27,12 @@ class Ledger:
 
 
 def ledger(metrics: Sequence[Mapping[str, Any]], timings: Sequence[Mapping[str, float]], parameters: int) -> Ledger:
-    """Of a run's metrics.jsonl and timings.jsonl, and the number of its trained parameters.
+    """Of a run's metrics.jsonl and timings.jsonl, and the number of its trained parameters. Steps in which nothing was played say nothing.
 
     Raises:
-        ValueError: no step was made.
+        ValueError: nothing was played to train on.
     """
-    steps = [m for m in metrics if m["step"] > 0]
+    steps = [m for m in metrics if "bits" in m]
     if not steps:
         raise ValueError("no step was made: nothing was received")
     episodes = sum(m["episodes"] for m in steps)
@@ -40,8 +42,34 @@ def ledger(metrics: Sequence[Mapping[str, Any]], timings: Sequence[Mapping[str, 
     return Ledger(
         bits=bits,
         bits_per_episode=bits / episodes,
+        bits_corrected=math.fsum(m["bits/corrected"] for m in steps),
         capacity_bits=parameters,
         saturation=bits / parameters,
         dead_episodes=round(sum(m["episodes"] * dead[m["step"]] for m in steps)),
         dead_sampling_seconds=seconds,
     )
+
+
+@dataclass(frozen=True)
+class TextLedger:
+    bits: float
+    """What there was to learn by heart in the texts: the loss on what was read for the first time (prequential coding; "LoRA Without
+    Regret", section on capacity)."""
+    capacity_bits: int
+    """As of ``Ledger``."""
+    saturation: float
+    """To be learned over capacity."""
+
+
+def text_ledger(metrics: Sequence[Mapping[str, Any]], rows: int, batch_size: int, parameters: int) -> TextLedger:
+    """Of the metrics.jsonl of supervised training, whose losses are nats a token before the step, and of the rows that were trained on.
+    Where an epoch ends within a batch, all of the batch is counted.
+
+    Raises:
+        ValueError: no step was made.
+    """
+    steps = [m for m in metrics if "train_mean_nll" in m][: math.ceil(rows / batch_size)]
+    if not steps:
+        raise ValueError("no step was made: nothing was read")
+    bits = math.fsum(m["train_mean_nll"] * m["tokens"] for m in steps) / math.log(2)
+    return TextLedger(bits, parameters, bits / parameters)

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from veneer.measure.bits import reward_bits
+from veneer.measure.bits import corrected_bits, reward_bits
 from veneer.measure.habits import habit_metrics
 from veneer.train.advantages import is_constant
 from veneer.train.session import Metrics
@@ -32,6 +32,7 @@ def rollout_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         "by_group/frac_all_bad": sum(not rewards or min(rewards) < 1 for rewards in constant) / len(groups_P),
         "groups": len(groups_P),
         "bits": sum(reward_bits(group.rewards_G) for group in groups_P),
+        "bits/corrected": sum(corrected_bits(group.rewards_G) for group in groups_P),
         "optim/entropy": -sum(float(s.logprobs.sum(dtype="float64")) for s in samples) / max(tokens, 1),
         "tokens/mean": tokens / len(trajectories),
     }
