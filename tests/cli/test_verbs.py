@@ -230,7 +230,7 @@ def test_sft(veneer: Veneer, tmp_path: Path) -> None:
     assert result.document["adapter"] == "s@1"
     assert result.document["capacity_bits"] == result.document["trainable_parameters"]
     assert result.document["saturation"] == pytest.approx(result.document["bits"] / result.document["capacity_bits"])
-    first = [m for m in map(json.loads, (Path(result.document["run_folder"]) / "metrics.jsonl").read_text().splitlines()) if m["step"]][0]
+    first = next(m for m in map(json.loads, (Path(result.document["run_folder"]) / "metrics.jsonl").read_text().splitlines()) if m["step"])
     assert result.document["bits"] >= first["train_mean_nll"] * first["tokens"] / math.log(2)
 
 
