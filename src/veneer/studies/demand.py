@@ -33,12 +33,12 @@ def demand_findings(reference: str, arms: Sequence[Demanded]) -> list[Finding]:
     behind = sum(arm.comparison.verdict == "worse" for arm in short)
     return [
         Finding(
-            f"adapters with a parameter or more for each bit do not fall behind {reference}",
+            f"adapters with a parameter or more for each bit do not fall behind {reference} in as many steps",
             promised if enough else "untested",
             "; ".join(map(str, enough)),
         ),
         Finding(
-            f"adapters with more bits than parameters fall behind {reference}",
+            f"adapters with more bits than parameters fall behind {reference} in as many steps",
             f"{behind} of {len(short)}" if short else "untested",
             "; ".join(map(str, short)),
         ),
