@@ -11,7 +11,7 @@ from typing import Any
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import Arm, Contest, Terms, hold_contest
 from veneer.studies.contest_page import contest_result
-from veneer.studies.drawing import picture
+from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.lab import Lab
 from veneer.studies.result import Finding, Result, joined
 
@@ -94,7 +94,8 @@ def _draw(sizes: Sizes, contests: Mapping[int, Contest], path: Path) -> None:
             for entrant, colour in zip(contest.entrants, colours, strict=False):
                 heights = [-mean if sizes.losses else mean for mean in entrant.sweep.means.values()]
                 axes.plot(list(entrant.sweep.means), heights, color=colour, marker="o", markersize=3, label=entrant.arm.name)
-            axes.set(xscale="log", xlabel="learning rate", title=sizes.named(batch))
+            across_learning_rates(axes)
+            axes.set_title(sizes.named(batch))
             axes.set_yscale("log" if sizes.losses else "linear")
         parts[0].set_ylabel("held-out loss" if sizes.losses else "held-out score")
         parts[0].legend(frameon=False, fontsize=7)

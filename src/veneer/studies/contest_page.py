@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from veneer.measure.intervals import Mean
 from veneer.measure.verdict import Comparison, t_interval
 from veneer.studies.contest import Contest, Entrant, Sweep
-from veneer.studies.drawing import picture
+from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.result import Finding, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
+MOST_LETTERS = 32
+"""Of all names below an axis; more run into each other."""
 COLOURS = ("#555555", "#0066cc", "#cc5500", "#228833", "#aa3377", "#997700")
 
 
@@ -45,7 +47,7 @@ def _beyond_noise(noise: Comparison) -> str:
     if noise.verdict == "equal":
         return ""
     largest = max(abs(noise.difference.low), abs(noise.difference.high))
-    return f"; seeds alone may differ by {largest:.3g}: hold no smaller difference above for one of arms"
+    return f"; seeds alone may differ by {largest:.3g}: take no smaller difference above for one between arms"
 
 
 # ---------------------------------------------------------------- tables
@@ -153,11 +155,11 @@ def draw_contest(contest: Contest, figure: FigureBase) -> None:
         bar = ([around.value - around.low], [around.high - around.value])
         right.errorbar([place], [around.value], yerr=bar, color=colour, fmt="o", capsize=4, markersize=5)
         right.scatter([place + 0.2] * len(entrant.scores), entrant.scores, color=colour, s=10, alpha=0.6, linewidth=0)
-    left.set_xscale("log")
-    left.set_xlabel("learning rate")
+    across_learning_rates(left)
     left.set_ylabel("held-out score")
     left.legend(frameon=False)
     right.set_xticks(range(len(contest.entrants)), [entrant.arm.name for entrant in contest.entrants])
-    right.tick_params(axis="x", rotation=0 if len(contest.entrants) < 5 else 20)  # or names run into each other
+    letters = sum(len(entrant.arm.name) for entrant in contest.entrants)
+    right.tick_params(axis="x", rotation=0 if letters < MOST_LETTERS else 20)
     right.set_xlim(-0.5, len(contest.entrants) - 0.2)
     right.set_xlabel("at its best learning rate, fresh seeds")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from veneer.store.files import veneer_home
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -25,3 +26,14 @@ def picture(path: Path, width: float, height: float) -> Generator[Figure, None, 
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def across_learning_rates(axes: Axes) -> None:
+    """Names the axis, on a logarithmic scale with marks at 1 and 3 of each power of ten: matplotlib's own run into each other."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    axes.set_xlabel("learning rate")

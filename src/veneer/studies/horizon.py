@@ -17,7 +17,7 @@ import numpy as np
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import Arm, Sweep, Terms, overridden, peak, sweep_all, thinned
 from veneer.studies.demonstrations import write_demonstrations
-from veneer.studies.drawing import picture
+from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.lab import Lab, Outcome
 from veneer.studies.result import Finding, Result
 
@@ -137,7 +137,10 @@ def _draw(arms: Mapping[str, Losses], path: Path) -> None:
             right.errorbar(
                 list(by_length), [2**m.value for m in told], yerr=bars, color=colour, marker="o", markersize=3, capsize=3, label=arm
             )
-        left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="held-out loss")
+        across_learning_rates(left)
+        left.set(yscale="log", ylabel="held-out loss")
         left.legend(frameon=False, fontsize=6)
         right.set(xscale="log", yscale="log", xlabel="steps", ylabel="best learning rate")
+        right.set_xticks(list(next(iter(arms.values()))), [str(n) for n in next(iter(arms.values()))], minor=False)
+        right.set_xticks([], minor=True)
         right.legend(frameon=False, fontsize=7)

@@ -18,7 +18,7 @@ import numpy as np
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import Arm, Sweep, Terms, overridden, peak, sweep_all, thinned
 from veneer.studies.demonstrations import write_demonstrations
-from veneer.studies.drawing import picture
+from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.lab import Lab
 from veneer.studies.result import Finding, Result
 
@@ -129,7 +129,8 @@ def _draw(by_rule: Mapping[str, Mapping[int, Sweep]], full: Sweep, path: Path) -
                 shade = str(0.75 - 0.75 * place / len(sweeps))
                 axes.plot(list(sweep.means), [-mean for mean in sweep.means.values()], color=shade, label=str(rank), linewidth=1)
             axes.plot(list(full.means), [-mean for mean in full.means.values()], color="#aa3377", linestyle="--", label="full", linewidth=1)
-            axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="held-out loss", title=rule)
+            across_learning_rates(axes)
+            axes.set(yscale="log", ylabel="held-out loss", title=rule)
         losses[0].legend(title="rank", frameon=False, fontsize=7)
         for (rule, sweeps), colour in zip(by_rule.items(), ("#0066cc", "#cc5500"), strict=True):
             around = [t_interval(np.log2(best_rates(sweep))) for sweep in sweeps.values()]

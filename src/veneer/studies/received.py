@@ -142,6 +142,6 @@ def _draw(contest: Contest, parameters: Mapping[str, int], path: Path) -> None:
         before = [outcome.score_before for entrant in contest.entrants for outcome in entrant.outcomes]
         axes.axhline(sum(before) / len(before), color="#999999", linewidth=0.8, linestyle=":", label="base")
         axes.axvline(1, color="#999999", linewidth=0.8)
-        axes.set(xscale="log", xlabel="bits received, a parameter", ylabel="score on held-out problems")
+        axes.set(xscale="log", xlabel="bits that rewards could tell, a parameter", ylabel="score on held-out problems")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=7, loc="center left")
