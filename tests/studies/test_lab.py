@@ -168,6 +168,22 @@ def test_imitation_is_scored_like_reward(tmp_path: Path) -> None:
     assert asyncio.run(lab(tmp_path, never).run([wild])) == [bad]
 
 
+def test_the_same_rows_are_the_same_run_wherever_they_lie(tmp_path: Path) -> None:
+    """A home that was moved keeps its runs; other rows in the same place are another run."""
+    rows = [json.dumps({"prompt": f"sort {i}21", "completion": f"12{i}"}) + "\n" for i in range(3, 10)]
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    here.write_text("".join(rows))
+    there.write_text("".join(rows))
+    sft = {"steps": 2, "batch_size": 2, "held_out": 0.4}
+    one, moved = (make_config({"kind": "sft", "lora": {"rank": 1}, "sft": {**sft, "data": str(path)}}) for path in (here, there))
+    (first,) = asyncio.run(lab(tmp_path).run([one]))
+    (same,) = asyncio.run(lab(tmp_path, never).run([moved]))
+    assert same.metrics == first.metrics
+    there.write_text("".join(rows[:-1]))
+    (other,) = asyncio.run(lab(tmp_path).run([moved]))
+    assert other.folder != first.folder
+
+
 def test_other_loops_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a study's runs are rl, rejection or sft"):
         asyncio.run(lab(tmp_path).run([make_config({"kind": "dpo"})]))

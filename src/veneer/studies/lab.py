@@ -226,8 +226,12 @@ class Lab:
             run.close()
 
     def _folder(self, config: RunConfig, what: str = "") -> Path:
-        """Named by all that decides what a run or a measurement comes to: its settings, and Veneer's own files."""
+        """Named by all that decides what a run or a measurement comes to: its settings, what it reads, wherever that lies, and Veneer's own
+        files."""
         unnamed = config.model_copy(update={"name": "run", "folder": ""})
+        if config.kind == "sft" and Path(config.sft.data).is_file():
+            rows = hashlib.sha256(Path(config.sft.data).read_bytes()).hexdigest()
+            unnamed = unnamed.model_copy(update={"sft": config.sft.model_copy(update={"data": rows})})
         return self.folder / hashlib.sha256(f"{what}{origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
 
 
