@@ -35,6 +35,8 @@ def test_a_ledger_by_hand() -> None:
     assert found.bits_per_episode == pytest.approx(found.bits / 24)
     assert (found.capacity_bits, found.saturation) == (100, pytest.approx(found.bits / 100))
     assert found.dead_episodes == 4 + 0 + 8
+    begun_before = [{name: value for name, value in m.items() if name != "bits/corrected"} for m in metrics]
+    assert ledger(begun_before, timings, 100).bits_corrected == pytest.approx(found.bits)
     assert found.dead_sampling_seconds == pytest.approx(1.0 + 0.0 + 2.0)
     with pytest.raises(ValueError, match="no step"):
         ledger(metrics[:1], timings, 100)

@@ -42,7 +42,7 @@ def ledger(metrics: Sequence[Mapping[str, Any]], timings: Sequence[Mapping[str, 
     return Ledger(
         bits=bits,
         bits_per_episode=bits / episodes,
-        bits_corrected=math.fsum(m["bits/corrected"] for m in steps),
+        bits_corrected=math.fsum(m.get("bits/corrected", m["bits"]) for m in steps),  # a run that an older Veneer began has none
         capacity_bits=parameters,
         saturation=bits / parameters,
         dead_episodes=round(sum(m["episodes"] * dead[m["step"]] for m in steps)),

@@ -30,8 +30,8 @@ from veneer.types import AdapterError, ConfigError, DivergedError, Engine
 OUTCOME, ADAPTER, RECORD = "outcome.json", "adapter", "record.json"
 COUNTED = "(counted)"
 """An adapter that is made to be counted; no run can have this name."""
-PLAYED = ("rl", "rejection")
-"""The kinds of runs that play episodes, and are judged by their rewards."""
+PLAYED = {"rl": rl.train, "rejection": rejection.train}
+"""By kind of run: loops that play episodes, and are judged by their rewards."""
 PACKAGE = Path(__file__).parents[1]
 ORIGIN = ("assets", "engine", "envs", "render", "train")
 """The parts of Veneer that decide what a run comes to."""
@@ -254,7 +254,7 @@ async def _train(session: Session) -> None:
     config = session.config
     if config.kind in PLAYED:
         async with closing(load_env(config.env.name, config.env.args)) as dataset:
-            await (rl if config.kind == "rl" else rejection).train(session, dataset)
+            await PLAYED[config.kind](session, dataset)
     elif config.kind == "sft":
         await sft.train(session)
     else:
