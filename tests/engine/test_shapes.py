@@ -210,10 +210,23 @@ def test_what_is_no_linear_map_is_named() -> None:
     assert any("conv" in rest.example for rest in shape.rest if not rest.known)
 
 
+def test_an_unknown_architecture_is_counted_as_what_it_is_like(tmp_path: Path) -> None:
+    """With the same numbers as a Llama it has its layers, and the plan says so; with experts nobody can tell."""
+    numbers = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80}
+    config = {"model_type": "telepathic", "vocab_size": 50, "max_position_embeddings": 64, **numbers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, like = count_shape(str(tmp_path)), count_shape({**config, "model_type": "llama"})
+    assert (found.name, found.architecture) == (tmp_path.name, "telepathic as LlamaForCausalLM")
+    assert (found.maps, found.parameters, found.attention) == (like.maps, like.parameters, like.attention)
+    assert "does not know model_type 'telepathic': its layers are counted as those of a Llama" in found.doubts[0]
+    with pytest.raises(BaseError, match="has experts \\(num_local_experts\\), so its layers cannot be counted"):
+        count_shape({**config, "num_local_experts": 4})
+
+
 def test_unknown_architectures_say_so(tmp_path: Path) -> None:
     """One line: what, and what could be done."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "telepathic", "hidden_size": 8}))
-    with pytest.raises(BaseError, match=r"transformers does not know model_type 'telepathic'.*give a config\.json of an architecture"):
+    with pytest.raises(BaseError, match=r"model_type 'telepathic', and its configuration has no number num_hidden_layers.*give a config\.json"):
         count_shape(str(tmp_path))
     with pytest.raises(BaseError, match=r"no such folder or config\.json.*Llama-3\.1-8B.*give a folder or a config\.json"):
         count_shape("nobody/nothing")

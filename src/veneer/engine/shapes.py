@@ -28,21 +28,22 @@ ELSEWHERE = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal|mtp)")
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
 """What configurations call the number of experts that a token goes through."""
 LINEAR_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent", "hybrid")
+LIKE = "llama"
+"""Whose layers those of an architecture that transformers does not know are counted as, if its configuration has these numbers:"""
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 def count_shape(source: str | Mapping[str, Any]) -> ModelShape:
     """Of a model by name (``nano``, one of ``assets/configs.json``, one in the hub's cache here), a folder, a config.json, or its content.
 
     Raises:
-        BaseError: it is none of these, or transformers does not know the architecture.
+        BaseError: it is none of these, or transformers does not know the architecture and its configuration does not say enough.
     """
     name, values = (source, _read(source)) if isinstance(source, str) else (str(source.get("_name_or_path") or "model"), dict(source))
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise BaseError(
-            f"base {name!r}: transformers does not know model_type {kind!r}, so its layers cannot be counted; give a config.json of an "
-            f"architecture that it knows and that has the same layers, or install a newer transformers"
-        )
+        shape = count_shape(_likened(name, values))
+        return replace(shape, name=_short(name), architecture=f"{kind} as {shape.architecture}", doubts=[_likeness(kind), *shape.doubts])
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
         with torch.device("meta"):
@@ -54,6 +55,35 @@ def count_shape(source: str | Mapping[str, Any]) -> ModelShape:
     if shape is None:
         raise BaseError(f"base {name!r}: {type(model).__name__} has no unembedding, it is no causal language model")
     return shape
+
+
+def _likened(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of what transformers does not know, as that of what it is counted as.
+
+    Raises:
+        BaseError: it lacks a number, or has experts, which configurations describe in too many ways.
+    """
+    missing = [key for key in NUMBERS if not isinstance(values.get(key), int)]
+    experts = [key for key in values if "expert" in key]
+    if not missing and not experts:
+        return {**values, "model_type": LIKE, "_name_or_path": name}
+    why = f"has no number {', '.join(missing)}" if missing else f"has experts ({', '.join(experts)})"
+    raise BaseError(
+        f"base {name!r}: transformers does not know model_type {values.get('model_type')!r}, and its configuration {why}, so its layers "
+        f"cannot be counted; give a config.json of an architecture that it knows and that has the same layers, or install a newer "
+        f"transformers"
+    )
+
+
+def _likeness(kind: object) -> str:
+    return (
+        f"transformers does not know model_type {kind!r}: its layers are counted as those of a Llama of the same {', '.join(NUMBERS)}, with "
+        f"q, k, v, o, gate, up and down in each; what else they have is not counted, and it can be trained only where transformers knows it"
+    )
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -90,7 +120,7 @@ def _walk(name: str, model: nn.Module, head: nn.Module, config: PretrainedConfig
     if shared:
         doubts.append(f"{shared} tensors serve several linear maps, each of which is counted: an adapter that they share would be smaller")
     return ModelShape(
-        Path(name).name if Path(name).is_dir() else name,
+        _short(name),
         type(model).__name__,
         _staged(sorted(maps, key=lambda m: m.kind == "unembedding")),
         _attention(config),
