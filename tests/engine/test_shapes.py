@@ -226,7 +226,7 @@ def test_an_unknown_architecture_is_counted_as_what_it_is_like(tmp_path: Path) -
 def test_unknown_architectures_say_so(tmp_path: Path) -> None:
     """One line: what, and what could be done."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "telepathic", "hidden_size": 8}))
-    with pytest.raises(BaseError, match=r"model_type 'telepathic', and its configuration has no number num_hidden_layers.*give a config\.json"):
+    with pytest.raises(BaseError, match=r"'telepathic', and its configuration has no number num_hidden_layers.*give a config\.json"):
         count_shape(str(tmp_path))
     with pytest.raises(BaseError, match=r"no such folder or config\.json.*Llama-3\.1-8B.*give a folder or a config\.json"):
         count_shape("nobody/nothing")

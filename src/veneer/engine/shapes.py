@@ -77,8 +77,9 @@ def _likened(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _likeness(kind: object) -> str:
     return (
-        f"transformers does not know model_type {kind!r}: its layers are counted as those of a Llama of the same {', '.join(NUMBERS)}, with "
-        f"q, k, v, o, gate, up and down in each; what else they have is not counted, and it can be trained only where transformers knows it"
+        f"transformers does not know model_type {kind!r}: its layers are counted as those of a Llama of the same {', '.join(NUMBERS)}, "
+        f"with q, k, v, o, gate, up and down in each; what else they have is not counted, and it can be trained only where transformers "
+        f"knows it"
     )
 
 

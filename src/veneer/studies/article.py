@@ -98,7 +98,7 @@ SECTIONS: Sequence[Section] = (
                 "It forgets less than supervised training, as it stays nearer to the base.",
                 {"forgetting": ""},
                 (
-                    *(Prediction("forgetting", f"^KL from the base .* in {manner}", "less") for manner in ("its manner", "another")),
+                    *(Prediction("forgetting", f"^KL from where it began .* in {manner}", "less") for manner in ("its manner", "another")),
                     *(Prediction("forgetting", f"^reward lost elsewhere .* in {manner}", "less") for manner in ("its manner", "another")),
                 ),
             ),

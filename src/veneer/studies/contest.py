@@ -180,7 +180,7 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
         ConfigError: an override cannot be applied, or is of what the study itself decides.
     """
     tree = copy.deepcopy(dict(shared))
-    decided = {"kind", "seed", "name", "folder", "device", "weights", *(key for arm in arms for key in _keys(arm.settings))}
+    decided = {"kind", "seed", "name", "folder", "device", "weights", "init", *(key for arm in arms for key in _keys(arm.settings))}
     kinds = sorted({_kind({**tree, **arm.settings}) for arm in arms} or {_kind(tree)})
     decided |= {f"{_kind({**tree, **arm.settings})}.learning_rate" for arm in arms if arm.rates}
     for override in terms.overrides:
@@ -198,11 +198,11 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
     return tree
 
 
-def terms_for(terms: Terms, kind: Literal["rl", "sft"]) -> Terms:
-    """For the runs of one kind in a study that trains in both: without overrides of the other's table, such as sft.steps where ``kind``
-    is rl."""
-    other = "sft." if kind == "rl" else "rl."
-    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(other)))
+def terms_for(terms: Terms, kind: str, kinds: Sequence[str] = ("rl", "sft")) -> Terms:
+    """For the runs of one kind in a study that trains in several: without overrides of the others' tables, such as sft.steps where
+    ``kind`` is rl."""
+    others = tuple(f"{other}." for other in kinds if other != kind)
+    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(others)))
 
 
 def _kind(tree: Mapping[str, Any]) -> str:

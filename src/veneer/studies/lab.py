@@ -17,7 +17,7 @@ from typing import Any
 
 from veneer.envs import load_env
 from veneer.render import Renderer
-from veneer.store.adapters import write_adapter
+from veneer.store.adapters import read_adapter, write_adapter
 from veneer.store.files import storage_errors, write_text
 from veneer.store.run import Run
 from veneer.studies.bench import Bench, Merge
@@ -209,8 +209,9 @@ class Lab:
     async def _make(self, folder: Path, config: RunConfig, place: Place, done: Path) -> None:
         config = config.model_copy(update={"name": folder.name, "folder": str(folder)})
         diverged = None
+        init = read_adapter(Path(config.init))[0] if config.init else None
         run = Run(folder, config.to_toml())
-        session = Session(place.engine, place.renderer, config, run, stop=self.stop)
+        session = Session(place.engine, place.renderer, config, run, init, stop=self.stop)
         try:
             try:
                 await _train(session)
@@ -232,6 +233,8 @@ class Lab:
         if config.kind == "sft" and Path(config.sft.data).is_file():
             rows = hashlib.sha256(Path(config.sft.data).read_bytes()).hexdigest()
             unnamed = unnamed.model_copy(update={"sft": config.sft.model_copy(update={"data": rows})})
+        if config.init:
+            unnamed = unnamed.model_copy(update={"init": _digest(config.init)})
         return self.folder / hashlib.sha256(f"{what}{origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
 
 
@@ -244,6 +247,16 @@ def origin() -> str:
             if path.is_file() and path.suffix in (".py", ".json", ".jinja", ".safetensors"):
                 found.update(f"{path.relative_to(PACKAGE)}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()
+
+
+@cache
+def _digest(folder: str) -> str:
+    """Of an adapter of this lab, which never changes.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    return read_adapter(Path(folder))[0].adapter.digest
 
 
 def _place_of(config: RunConfig) -> tuple[str, str]:

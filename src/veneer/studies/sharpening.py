@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from veneer.envs import load_env
@@ -38,7 +39,7 @@ async def trained(lab: Lab, terms: Terms) -> list[Outcome]:
 
 
 async def scorecards(lab: Lab, outcomes: Sequence[Outcome], settings: ScorecardSettings) -> list[dict[str, Any]]:
-    """Of each run, with the base as the start: ``Measured.document()``, made once and kept.
+    """Of each run, beside what it began from: ``Measured.document()``, made once and kept.
 
     Raises:
         Interrupted, VeneerError: as ``Lab.measured``.
@@ -55,22 +56,25 @@ async def scorecards(lab: Lab, outcomes: Sequence[Outcome], settings: ScorecardS
 
 @asynccontextmanager
 async def both(lab: Lab, outcome: Outcome, config: RunConfig) -> AsyncGenerator[tuple[Policy, Policy, EnvDataset], None]:
-    """The base and what was trained from it, as they act in the run's environment.
+    """What a run began from, the base or an adapter, and what it came to, as they act in the run's environment.
 
     Raises:
-        VeneerError: the run's adapter cannot be read.
+        VeneerError: an adapter cannot be read.
     """
     place = lab.place(config)
-    checkpoint, _ = read_adapter(outcome.folder / ADAPTER)
-    await place.engine.load_state(TRIED, checkpoint)
+    folders = {TRIED: outcome.folder / ADAPTER, **({BEFORE: Path(config.init)} if config.init else {})}
+    for who, folder in folders.items():
+        await place.engine.load_state(who, read_adapter(folder)[0])
     params = SamplingParams(max_tokens=config.max_tokens if config.plays else config.rl.max_tokens)
-    start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in (None, TRIED))
+    pair = (BEFORE if config.init else None, TRIED)
+    start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in pair)
     try:
         async with closing(load_env(config.env.name, config.env.args)) as dataset:
             yield start, end, dataset
     finally:
-        place.engine.remove_adapter(TRIED)
+        for who in folders:
+            place.engine.remove_adapter(who)
 
 
-TRIED = "(tried)"
-"""The adapter that is looked at; no run can have this name."""
+BEFORE, TRIED = "(before)", "(tried)"
+"""The adapters that are looked at; no run can have these names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from veneer.envs.arithmetic import generate
@@ -21,11 +22,11 @@ def worked(problem: Problem, backwards: bool = False) -> list[Message]:
     return [{"role": "user", "content": problem.prompt}, answer]
 
 
-def write_worked(folder: Path, rows: int, backwards: bool) -> Path:
-    """Training problems with their worked answers, a line each, in a file named by its content.
+def write_worked(folder: Path, rows: int, backwards: bool, terms: tuple[int, int] = (3, 5)) -> Path:
+    """Training problems of so many numbers with their worked answers, a line each, in a file named by its content.
 
     Raises:
         StorageError: it cannot be written.
     """
-    problems = (draw(generate, "train", i, "studies/worked") for i in range(rows))
+    problems = (draw(partial(generate, terms=terms), "train", i, "studies/worked") for i in range(rows))
     return write_rows(folder, [{"messages": worked(problem, backwards)} for problem in problems])
