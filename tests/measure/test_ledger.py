@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from veneer.measure.bits import corrected_bits, reward_bits
-from veneer.measure.ledger import ledger, text_ledger
+from veneer.measure.ledger import ledger, preference_ledger, teacher_ledger, text_ledger
 
 
 def step(number: int, groups: list[list[float]]) -> dict[str, float]:
@@ -51,6 +51,29 @@ def test_texts_are_counted_when_they_are_read_first() -> None:
     assert text_ledger(metrics[:2], 5, 2, 200).bits == pytest.approx(20 / math.log(2)), "a run that ends before has read less"
     with pytest.raises(ValueError, match="no step"):
         text_ledger(metrics[:1], 5, 2, 200)
+
+
+def test_preferences_are_at_most_a_bit_a_pair() -> None:
+    """A policy that cannot tell the better answer learns a bit from each pair; one that can, less. The second epoch tells nothing new."""
+    metrics = [{"step": 0, "eval/loss": 9.0}, *({"step": i, "loss": loss} for i, loss in ((1, math.log(2)), (2, 0.1), (3, 0.5)))]
+    found = preference_ledger(metrics, 8, 4, 50)
+    assert found.bits == pytest.approx(4 + 0.4 / math.log(2))
+    assert found.saturation == pytest.approx(found.bits / 50)
+    with pytest.raises(ValueError, match="no step"):
+        preference_ledger(metrics[:1], 8, 4, 50)
+
+
+@pytest.mark.parametrize("way", ["kl/student_teacher", "kl/teacher_student"])
+def test_a_teacher_tells_what_the_student_lacks(way: str) -> None:
+    sampled = {"episodes": 4, "tokens/mean": 5.0}
+    metrics = [
+        {"step": 0, "eval/kl/student_teacher": 3.0},
+        {"step": 1, way: 2.0, "tokens": 18, **sampled},
+        {"step": 2, way: 0.5, **sampled},
+    ]
+    assert teacher_ledger(metrics, 10).bits == pytest.approx((36 + 10) / math.log(2)), "an older run did not count what was trained on"
+    with pytest.raises(ValueError, match="no step"):
+        teacher_ledger(metrics[:1], 10)
 
 
 def test_texts_of_a_known_source_have_its_bits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,7 @@ def test_libraries_differ_sixteenfold() -> None:
         low, high = row["factors"]
         assert low <= row["factor"] <= high
         assert row["where"].count("/") >= 1
+        assert re.fullmatch(r"[0-9a-f]{12}, 20\d\d-\d\d-\d\d", row["read"])
 
 
 def test_the_page_has_the_table() -> None:
@@ -290,7 +292,7 @@ def test_the_page_has_the_table() -> None:
         low, high = row["factors"]
         scale = f"{row['scale']:g}" + ("" if row["rank"] else " at rank 32")
         start = f"| {row['library']} | {row['rank'] or '-'} | {row['alpha']:g} | {scale} | {low:.2g} to {high:.2g} |"
-        assert f"{start} {row['targets']} | {row['where']} |" in page
+        assert f"{start} {row['targets']} | {row['where']} | {row['read']} |" in page
 
 
 def test_installed_peft_has_these_defaults() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,10 @@ def test_the_student_comes_nearer(tmp_path: Path, questions: Path, wise: Checkpo
     kl = [m["kl/student_teacher" if way == "on" else "kl/teacher_student"] for m in metrics[1:]]
     assert sum(kl[-3:]) < 0.7 * sum(kl[:3])
     assert summary["episodes"] == 16 * 16
+    trained = [m["tokens"] for m in metrics[1:]]
+    assert all(16 <= tokens <= 16 * (m["tokens/mean"] + 1) for tokens, m in zip(trained, metrics[1:], strict=True))
+    assert summary["bits"] == pytest.approx(sum(map(operator.mul, kl, trained)) / math.log(2))
+    assert summary["saturation"] == pytest.approx(summary["bits"] / session.trainable)
 
 
 def test_an_environment_is_scored_and_never_trained_on(tmp_path: Path, wise: Checkpoint) -> None:

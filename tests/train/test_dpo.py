@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training_helpers import final_weights, open_session, random_adapter, run_session
 
+from veneer.cli.assemble import execute
 from veneer.train.config import RunConfig, make_config
 from veneer.train.session import Interrupted
 from veneer.types import AttestationError
@@ -48,6 +49,14 @@ def test_it_prefers_what_was_chosen(tmp_path: Path, data: Path) -> None:
         assert set(m) >= set(NAMES)
         assert m["rewards/margins"] == pytest.approx(m["rewards/chosen"] - m["rewards/rejected"], abs=1e-6)
     assert result.pairs + result.held_out_pairs == 24
+
+
+def test_the_summary_says_what_the_pairs_taught(tmp_path: Path, data: Path) -> None:
+    """At most a bit each, where the policy could not tell; beside what the adapter can hold."""
+    summary, _, _ = execute(config_for(data).model_copy(update={"folder": str(tmp_path / "run")}), lambda metrics: None)
+    assert 0 < summary["bits"] < summary["pairs"]
+    assert summary["capacity_bits"] == summary["trainable_parameters"]
+    assert summary["saturation"] == pytest.approx(summary["bits"] / summary["capacity_bits"])
 
 
 def test_the_reference_is_the_adapter_that_init_names_as_it_was(tmp_path: Path, data: Path) -> None:

@@ -78,6 +78,15 @@ def test_it_is_the_same_again_and_turned_around(base: Policy, moved: Policy) -> 
     assert there.divergence.forward["value"] > 0
 
 
+def test_one_that_began_from_an_adapter_is_measured_from_the_base_too(base: Policy, moved: Policy) -> None:
+    """By the same draws, so to the last bit what it is beside the base."""
+    beside_base, beside_itself = measured(base, moved), measured(moved, moved)
+    assert beside_base.from_base is None
+    assert abs(beside_itself.divergence.forward["value"]) < 1e-6
+    assert beside_itself.from_base == beside_base.divergence
+    assert beside_itself.episodes == beside_base.episodes + SMALL.problems * min(8, SMALL.tries)
+
+
 def test_divergences_are_those_of_the_whole_vocabulary(base: Policy, moved: Policy, odd: Callable[..., EnvDataset]) -> None:
     """Of episodes of one token, the sum over all tokens is at hand."""
     params = SamplingParams(max_tokens=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.measure.intervals import wilson
-from veneer.measure.ledger import ledger, text_ledger
+from veneer.measure.ledger import ledger, preference_ledger, teacher_ledger, text_ledger
 from veneer.measure.noise_scale import noise_scale
 from veneer.train import distill, dpo, rejection, rl, sft
 from veneer.train.distill import Teacher
@@ -52,6 +52,8 @@ async def run_dpo(session: Session, dataset: EnvDataset | None, teacher: Teacher
         preferred = wilson(round(last["eval/rewards/accuracies"] * pairs), pairs)
         summary["preferred_after"] = {"value": preferred.value, "low": preferred.low, "high": preferred.high, "trials": pairs}
         summary["margin_after"] = last["eval/rewards/margins"]
+    if result.steps:
+        summary |= dataclasses.asdict(preference_ledger(metrics, result.pairs, session.config.dpo.batch_size, session.trainable))
     return summary
 
 
@@ -79,7 +81,7 @@ async def run_distill(session: Session, dataset: EnvDataset | None, teacher: Tea
     measured = [m for m in metrics if "eval/kl/episode" in m]
     for name, m in (("before", measured[0]), ("after", measured[-1])) if measured else ():
         summary[f"kl_{name}"] = _interval(m, "eval/kl/episode", "eval")
-    return summary
+    return summary | (dataclasses.asdict(teacher_ledger(metrics, session.trainable)) if result.steps else {})
 
 
 LOOPS: dict[str, Loop] = {"rl": run_rl, "sft": run_sft, "dpo": run_dpo, "rejection": run_rejection, "distill": run_distill}

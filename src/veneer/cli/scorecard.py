@@ -95,6 +95,8 @@ def show_scorecard(document: Mapping[str, Any]) -> None:
         print(f"from k = {card['crossover']} on the start solves as many problems, or more")
     kl = document["divergence"]
     print(f"nats: KL(start||end) {_mean(kl['forward'])}, KL(end||start) {_mean(kl['reverse'])}")
+    if (far := document["from_base"]) is not None:
+        print(f"nats: KL(base||end) {_mean(far['forward'])}, KL(end||base) {_mean(far['reverse'])}")
     print(f"{document['episodes']:,} episodes, {document['seconds']:.0f} s")
     for warning in card["warnings"]:
         print(f"warning: {warning}")

@@ -1,4 +1,4 @@
-"""What a run received from its rewards or its texts, what it could hold, and what episodes cost that taught nothing."""
+"""What a run received from its rewards, texts, preferences or teacher, what it could hold, and what episodes cost that taught nothing."""
 
 from __future__ import annotations
 
@@ -51,25 +51,52 @@ def ledger(metrics: Sequence[Mapping[str, Any]], timings: Sequence[Mapping[str, 
 
 
 @dataclass(frozen=True)
-class TextLedger:
+class Taught:
     bits: float
-    """What there was to learn by heart in the texts: the loss on what was read for the first time (prequential coding; "LoRA Without
-    Regret", section on capacity)."""
+    """What there was to learn, at most: in texts, in preferences, or from a teacher."""
     capacity_bits: int
     """As of ``Ledger``."""
     saturation: float
     """To be learned over capacity."""
 
 
-def text_ledger(metrics: Sequence[Mapping[str, Any]], rows: int, batch_size: int, parameters: int) -> TextLedger:
-    """Of the metrics.jsonl of supervised training, whose losses are nats a token before the step, and of the rows that were trained on.
-    Where an epoch ends within a batch, all of the batch is counted.
+def text_ledger(metrics: Sequence[Mapping[str, Any]], rows: int, batch_size: int, parameters: int) -> Taught:
+    """Of the metrics.jsonl of supervised training, whose losses are nats a token before the step, and of the rows that were trained on:
+    the loss on what was read for the first time (prequential coding; "LoRA Without Regret", section on capacity). Where an epoch ends
+    within a batch, all of the batch is counted.
 
     Raises:
         ValueError: no step was made.
     """
     steps = [m for m in metrics if "train_mean_nll" in m][: math.ceil(rows / batch_size)]
-    if not steps:
+    return _taught([m["train_mean_nll"] * m["tokens"] for m in steps], parameters)
+
+
+def preference_ledger(metrics: Sequence[Mapping[str, Any]], pairs: int, batch_size: int, parameters: int) -> Taught:
+    """The same of preferences, whose loss is the nats that telling which answer is the better one takes: at most about a bit a pair, and
+    that where the policy cannot tell them apart.
+
+    Raises:
+        ValueError: no step was made.
+    """
+    steps = [m for m in metrics if "loss" in m][: math.ceil(pairs / batch_size)]
+    return _taught([m["loss"] * batch_size for m in steps], parameters)
+
+
+def teacher_ledger(metrics: Sequence[Mapping[str, Any]], parameters: int) -> Taught:
+    """Of distillation: by how much student and teacher differed on what was sampled, KL divergence by KL divergence, whichever of them
+    sampled. Every step samples anew.
+
+    Raises:
+        ValueError: no step was made.
+    """
+    ways = ("kl/student_teacher", "kl/teacher_student")
+    played = [(m[way], m) for m in metrics for way in ways if way in m]
+    return _taught([kl * m.get("tokens", m["tokens/mean"] * m["episodes"]) for kl, m in played], parameters)
+
+
+def _taught(nats: Sequence[float], parameters: int) -> Taught:
+    if not nats:
         raise ValueError("no step was made: nothing was read")
-    bits = math.fsum(m["train_mean_nll"] * m["tokens"] for m in steps) / math.log(2)
-    return TextLedger(bits, parameters, bits / parameters)
+    bits = math.fsum(nats) / math.log(2)
+    return Taught(bits, parameters, bits / parameters)

@@ -144,7 +144,7 @@ async def _follow(session: Session, teacher: Teacher, episodes: Sequence[Traject
         raise AttestationError(
             f"sampler and trainer differ by {drift:.3g} nats a token on fresh samples (limit {limit:g}); they do not run the same weights"
         )
-    return metrics | {"kl/student_teacher": sum(float(gaps.sum(dtype="float64")) for gaps in gaps_D) / tokens}
+    return metrics | {"tokens": tokens, "kl/student_teacher": sum(float(gaps.sum(dtype="float64")) for gaps in gaps_D) / tokens}
 
 
 async def distances(renderer: Renderer, teacher: Teacher, episodes: Sequence[Trajectory]) -> list[Floats]:
@@ -181,7 +181,7 @@ async def _imitate(session: Session, episodes: Sequence[Trajectory]) -> Metrics:
     tokens = sum(float(d.mask.sum(dtype="float64")) for d in data)
     passed = await session.engine.forward_backward(session.adapter, [weighed(d, 1 / tokens) for d in data], "cross_entropy")
     nll = passed.metrics["loss:sum"]
-    return {"train_mean_nll": nll, "kl/teacher_student": nll - entropy / tokens}
+    return {"tokens": tokens, "train_mean_nll": nll, "kl/teacher_student": nll - entropy / tokens}
 
 
 def soft_rows(rows: Sequence[Datum], tops: Sequence[TopLogprobs]) -> tuple[list[Datum], float]:

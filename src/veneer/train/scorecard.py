@@ -46,6 +46,8 @@ class Elsewhere:
 class Measured:
     card: Scorecard
     divergence: Divergence
+    from_base: Divergence | None
+    """The same with the base in place of the start; None: the start is the base."""
     elsewhere: Sequence[Elsewhere]
     episodes: int
     seconds: float
@@ -88,7 +90,14 @@ async def measure_scorecard(
         elsewhere.append(Elsewhere(other.name, compare_problems(*rewards)))
     card = make_scorecard([_tries(group) for group in before], [_tries(group) for group in after])
     divergence = Divergence(await _divergence(end, before), await _divergence(start, after))
-    return Measured(card, divergence, elsewhere, episodes, round(time.perf_counter() - clock, 1))
+    from_base = None
+    if start.adapter is not None:
+        base = replace(start, adapter=None)
+        first = await do_rollouts(base, dataset, "eval", range(len(before)), min(READ, settings.tries), draws)
+        check_failures(first, limit)
+        episodes += sum(len(group.trajectories_G) for group in first)
+        from_base = Divergence(await _divergence(end, first), await _divergence(base, after))
+    return Measured(card, divergence, from_base, elsewhere, episodes, round(time.perf_counter() - clock, 1))
 
 
 def _tries(group: TrajectoryGroup) -> Tries:

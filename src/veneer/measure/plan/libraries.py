@@ -24,42 +24,86 @@ class Defaults:
     """The learning rate of its reinforcement learning, or of the example; None: it has none of its own."""
     where: str
     """Repository and file."""
+    read: str
+    """The commit in which it was read, and its day."""
     note: str = ""
 
 
 LINEAR = "all linear"
 ATTENTION_AND_MLP = "q, k, v, o, gate, up, down"
 LIBRARIES: Mapping[str, Defaults] = {
-    "peft": Defaults(8, 8, "q, v of Llama and Qwen", None, "huggingface/peft src/peft/tuners/lora/config.py"),
+    "peft": Defaults(8, 8, "q, v of Llama and Qwen", None, "huggingface/peft src/peft/tuners/lora/config.py", "5d602fdbff04, 2026-08-21"),
     "trl": Defaults(
-        16, 32, "q, v of Llama and Qwen", 1e-6, "huggingface/trl trl/trainer/model_config.py, grpo_config.py", "the rate is for all weights"
+        16,
+        32,
+        "q, v of Llama and Qwen",
+        1e-6,
+        "huggingface/trl trl/trainer/model_config.py, grpo_config.py",
+        "f2cd57710ae3, 2026-07-24",
+        "the rate is for all weights",
     ),
-    "verl": Defaults(None, 16, LINEAR, 3e-5, "volcengine/verl verl/trainer/config/model/hf_model.yaml, docs/advance/ppo_lora.rst"),
-    "skyrl": Defaults(None, 16, LINEAR, 1e-6, "NovaSky-AI/SkyRL skyrl/train/config/config.py", "the rate is for all weights"),
+    "verl": Defaults(
+        None,
+        16,
+        LINEAR,
+        1e-6,
+        "verl-project/verl verl/trainer/config/model/hf_model.yaml, actor/actor.yaml",
+        "1dda039b9c63, 2026-08-22",
+        "the rate is for all weights; its example of LoRA has 3e-5 at rank 32, alpha 32",
+    ),
+    "skyrl": Defaults(
+        None,
+        16,
+        LINEAR,
+        1e-6,
+        "NovaSky-AI/SkyRL skyrl/train/config/config.py",
+        "a9564572eb8e, 2026-08-21",
+        "the rate is for all weights; its examples of LoRA have 1e-5 and 3e-5",
+    ),
     "prime-rl": Defaults(
         16,
         32,
-        f"{ATTENTION_AND_MLP}, experts",
+        f"{ATTENTION_AND_MLP}, experts, latent projections",
         1e-6,
-        "PrimeIntellect-ai/prime-rl src/prime_rl/configs/trainer.py",
-        "the rate is for all weights; its LoRA examples have 1e-5",
+        "PrimeIntellect-ai/prime-rl packages/prime-rl-configs/src/prime_rl/configs/trainer.py",
+        "559b44772e47, 2026-08-21",
+        "the rate is for all weights; its examples of LoRA have 1e-5",
     ),
-    "unsloth": Defaults(16, 16, ATTENTION_AND_MLP, None, "unslothai/unsloth unsloth/models/llama.py"),
+    "unsloth": Defaults(16, 16, ATTENTION_AND_MLP, 5e-5, "unslothai/unsloth unsloth/models/llama.py, rl.py", "015bdef0d94a, 2026-08-22"),
     "tinker": Defaults(
         32,
         32,
         "attention, MLP, experts, unembedding",
         1e-5,
-        "thinking-machines-lab/tinker-cookbook tinker_cookbook/hyperparam_utils.py",
-        "alpha cannot be set; 32 is what its authors say",
+        "thinking-machines-lab/tinker-cookbook tinker_cookbook/hyperparam_utils.py, recipes/math_rl/train.py",
+        "9dfcc3a2cf44, 2026-08-19",
+        "alpha cannot be set, 32 is what its authors say; other recipes have 3e-5 and 4e-5",
     ),
-    "torchtune": Defaults(8, 16, "as given", None, "pytorch/torchtune torchtune/models/llama3_1/_model_builders.py"),
+    "torchtune": Defaults(
+        8, 16, "as given", None, "pytorch/torchtune torchtune/models/llama3_1/_model_builders.py", "bd2a0fc7c314, 2026-04-23"
+    ),
     "llama-factory": Defaults(
-        8, 16, LINEAR, None, "hiyouga/LLaMA-Factory src/llamafactory/hparams/finetuning_args.py", "alpha is twice the rank"
+        8,
+        16,
+        LINEAR,
+        None,
+        "hiyouga/LlamaFactory src/llamafactory/hparams/finetuning_args.py",
+        "ff6d4d12eeb0, 2026-08-18",
+        "alpha is twice the rank",
     ),
-    "ms-swift": Defaults(8, 32, "by architecture", None, "modelscope/ms-swift swift/llm/argument/tuner_args.py"),
-    "axolotl": Defaults(32, 16, LINEAR, 2e-4, "axolotl-ai-cloud/axolotl examples/llama-3/lora-8b.yml", "no defaults; its SFT example"),
-    "openrlhf": Defaults(None, 16, LINEAR, None, "OpenRLHF/OpenRLHF openrlhf/cli/train_sft.py"),
+    "ms-swift": Defaults(8, 32, LINEAR, 1e-4, "modelscope/ms-swift swift/arguments/tuner_args.py, sft_args.py", "3602360a5623, 2026-08-22"),
+    "axolotl": Defaults(
+        32,
+        16,
+        LINEAR,
+        2e-4,
+        "axolotl-ai-cloud/axolotl examples/llama-3/lora-8b.yml",
+        "067b021c8b87, 2026-07-24",
+        "no defaults; its SFT example, which trains embeddings and unembedding whole",
+    ),
+    "openrlhf": Defaults(
+        None, 16, LINEAR, 1e-6, "OpenRLHF/OpenRLHF openrlhf/cli/train_ppo_ray.py", "3c3be6234e0c, 2026-08-13", "the rate is for all weights"
+    ),
 }
 """As read in the files named; libraries change."""
 
