@@ -179,11 +179,11 @@ class LoraStack:
     def views(self, slot: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> (A [rank, d_in], B^T [rank, d_out]) inside one of the slot's rows [size], or inside a stack of rows of one shape
         [k, size] with k in front."""
-        rank, views = self.configs[slot].rank, {}
+        rank, stack, views = self.configs[slot].rank, row.shape[:-1], {}
         for name, (at_a, at_b) in self.layouts[slot].items():
             linear = self.linears[name]
-            a = row[..., at_a : at_a + rank * linear.in_features].unflatten(-1, (rank, linear.in_features))
-            bt = row[..., at_b : at_b + rank * linear.out_features].unflatten(-1, (rank, linear.out_features))
+            a = row[..., at_a : at_a + rank * linear.in_features].view(*stack, rank, linear.in_features)
+            bt = row[..., at_b : at_b + rank * linear.out_features].view(*stack, rank, linear.out_features)
             views[name] = (a, bt)
         return views
 
@@ -221,13 +221,13 @@ class LoraStack:
     @torch.no_grad()
     def infer(self, flat: Flat, finish: Callable[[Tensor, Head], T], *, published: bool) -> T:
         """``finish`` of the wanted hidden states [n, d] and the head, with the published or the training rows, no gradient."""
-        updates = self._updates(flat, published, [s.tokens for s in flat.segments])
+        updates, of_wanted = self._updates(flat, published)
         if self.fused is not None:
             hidden = self.fused.hidden(flat, updates)
         else:
             with self._running(updates):
                 hidden = self.base.hidden(flat)
-        return finish(hidden, self._head(self._updates(flat, published, [s.wanted for s in flat.segments])))
+        return finish(hidden, self._head(of_wanted))
 
     def train(self, flat: Flat, finish: Callable[[Tensor, Head], Tensor]) -> list[Tensor]:
         """Back-propagate the loss that ``finish`` returns. Per segment its gradient, shaped as the slot's row."""
@@ -247,15 +247,21 @@ class LoraStack:
             loss.backward()
         return grads
 
-    def _updates(self, flat: Flat, published: bool, counts: Sequence[int]) -> Updates:
+    def _updates(self, flat: Flat, published: bool) -> tuple[Updates, Updates]:
+        """What the segments add to the rows of their tokens, and to those that are wanted."""
+        tokens, wanted = [s.tokens for s in flat.segments], [s.wanted for s in flat.segments]
+        if published:
+            return self._published_updates(flat, tokens), self._published_updates(flat, wanted)
+        parts = [None if s.slot is None else self._parts_of(s.slot, self.rows.training(s.slot)) for s in flat.segments]
+        return Active(tokens, parts), Active(wanted, parts)
+
+    def _published_updates(self, flat: Flat, counts: Sequence[int]) -> Updates:
         """What the segments add to their ``counts`` rows."""
         slots = [s.slot for s in flat.segments]
-        if published and self.thin is not None:
+        if self.thin is not None:
             thick = [None if slot is None or self.thin.ranks[slot] else self._published_parts(slot) for slot in slots]
             by_segment = Active(counts, thick) if any(thick) else Active([], [])
             return RowWise(self.thin, self.rows.line.tensor.numpy(), self.thin.slots(flat.segments, counts), by_segment)
-        if not published:
-            return Active(counts, [None if slot is None else self._parts_of(slot, self.rows.training(slot)) for slot in slots])
         if len(set(counts)) == 1 and counts[0] >= TILE and sum(counts) == len(flat.tokens) and self.stackable(slots):
             return Active([len(flat.tokens)], [self._published_parts(slots[0], len(slots))])
         return Active(counts, [self._published_parts(slot) for slot in slots])
@@ -289,7 +295,7 @@ class LoraStack:
                 first, d_in = next(name for name in names if name in views), self.linears[names[0]].in_features
                 begin = self.layouts[slot][first][0]
                 rows = wide_rows(at, shared=grads is None)
-                wide = row[..., begin : begin + rows * d_in].unflatten(-1, (rows, d_in))
+                wide = row[..., begin : begin + rows * d_in].view(*row.shape[:-1], rows, d_in)
                 grad_a = None if grads is None else grads[begin : begin + at * d_in].view(at, d_in)
                 parts[names[0]] = Part(wide[..., :at, :], wide, outputs, config.alpha / config.rank, grad_a)
         return parts

@@ -9,7 +9,8 @@ with that of two that choose by magnitude alone.
 
 Weights are rounded to bfloat16 before updates are added, as those of published models are numbers of bfloat16 to begin with. One that lies
 between two such numbers and near their middle is shown to change by the smallest update, and is the same one in every seed; how much is
-visible of the base's float32 weights as they are is told beside it.
+visible of the base's float32 weights as they are is told beside it. Whether an update exceeds 1e-5 does not depend on the weight: dealt out
+anew, as many do, so that share has no null model; and float32 shows nearly every update, whoever gets it.
 """
 
 from __future__ import annotations
