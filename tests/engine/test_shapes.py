@@ -219,14 +219,19 @@ def test_an_unknown_architecture_is_counted_as_what_it_is_like(tmp_path: Path) -
     assert (found.name, found.architecture) == (tmp_path.name, "telepathic as LlamaForCausalLM")
     assert (found.maps, found.parameters, found.attention) == (like.maps, like.parameters, like.attention)
     assert "does not know model_type 'telepathic': its layers are counted as those of a Llama" in found.doubts[0]
-    with pytest.raises(BaseError, match="has experts \\(num_local_experts\\), so its layers cannot be counted"):
-        count_shape({**config, "num_local_experts": 4})
+    odd = {"layer_types": ["telepathy"] * 3, "kv_lora_rank": 4, "hidden_act": "mind", "num_experts": 0}
+    assert count_shape({**config, **odd}).maps == like.maps, "what else it says is not taken for what a Llama would mean by it"
+    for key, value in (("num_local_experts", 4), ("is_encoder_decoder", True)):
+        with pytest.raises(BaseError, match=f"its configuration has {key}, so its layers cannot be counted"):
+            count_shape({**config, key: value})
+    with pytest.raises(BaseError, match="its configuration has no model_type, so"):
+        count_shape({key: value for key, value in config.items() if key != "model_type"})
 
 
 def test_unknown_architectures_say_so(tmp_path: Path) -> None:
     """One line: what, and what could be done."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "telepathic", "hidden_size": 8}))
-    with pytest.raises(BaseError, match=r"'telepathic', and its configuration has no number num_hidden_layers.*give a config\.json"):
+    with pytest.raises(BaseError, match=r"'telepathic', and its configuration has no num_hidden_layers.*give a config\.json"):
         count_shape(str(tmp_path))
     with pytest.raises(BaseError, match=r"no such folder or config\.json.*Llama-3\.1-8B.*give a folder or a config\.json"):
         count_shape("nobody/nothing")

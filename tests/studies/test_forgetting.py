@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from test_lab import lab
 
-from veneer.store.adapters import read_adapter
-from veneer.studies import forgetting
-from veneer.studies.contest import Terms
-from veneer.studies.forgetting import LENGTHS, OTHER, OWN, REWARDED, RIGHT, WAYS, Point, _findings, at_accuracy, configs_of, parabola
+from veneer.studies import forgetting, sharpening
+from veneer.studies.contest import Arm, Terms
+from veneer.studies.forgetting import LENGTHS, OTHER, OWN, REWARDED, RIGHT, Course, Point, _findings, arms, at_accuracy, parabola
+from veneer.studies.result import Finding
 from veneer.studies.worked import write_worked
-from veneer.train.config import ScorecardSettings, make_config
-from veneer.types import ConfigError
-
-SMALL = (
-    *("rl.groups_per_batch=2", "rl.group_size=2", "rl.max_tokens=8", "eval.problems=2", "sft.batch_size=2", "sft.held_out=0.1"),
-    *("rejection.problems=8", "rejection.group_size=4", "rejection.batch_size=2", "lora.rank=1"),
-)
+from veneer.train.config import ScorecardSettings
+from veneer.train.rollouts import Policy
+from veneer.types import ConfigError, RunError
 
 
 def course(kl: float, lost: float, noise: float = 0.0) -> list[Point]:
@@ -29,12 +27,18 @@ def course(kl: float, lost: float, noise: float = 0.0) -> list[Point]:
     return [Point(10 * i, 0.2 * i + noise, kl * i / 4, lost * (i / 4) ** 2) for i in range(5)]
 
 
-def test_equal_accuracies_are_interpolated() -> None:
+def findings(paths: dict[str, list[Course]], **edges: str) -> list[Finding]:
+    return _findings(paths, {way: edges.get(way) for way in paths})
+
+
+def test_equal_accuracies_are_interpolated_between_measured_lengths() -> None:
+    """Before the first of them nobody knows the way from the start: KL grows faster than any line there."""
     points = [Point(0, 0.1, 0.0, 0.0), Point(5, 0.5, 1.0, 0.1), Point(10, 0.4, 1.5, 0.3), Point(20, 0.9, 2.0, 0.2)]
-    assert at_accuracy(points, 0.3) == Point(5, 0.3, pytest.approx(0.5), pytest.approx(0.05))
-    assert at_accuracy(points, 0.5) == Point(5, 0.5, pytest.approx(1.0), pytest.approx(0.1))
+    assert at_accuracy(points, 0.3) is None
     assert at_accuracy(points, 0.65) == Point(20, 0.65, pytest.approx(1.75), pytest.approx(0.25))
     assert at_accuracy(points, 0.95) is None
+    dips = [Point(0, 0.5, 0.0, 0.0), Point(5, 0.2, 1.0, 0.1), Point(10, 0.6, 2.0, 0.3)]
+    assert at_accuracy(dips, 0.55) == Point(10, 0.55, pytest.approx(1.875), pytest.approx(0.275))
 
 
 def test_a_parabola_is_found_again() -> None:
@@ -44,9 +48,9 @@ def test_a_parabola_is_found_again() -> None:
 
 
 def test_words() -> None:
-    """Reward stays nearer than one and is no further than the other; what it loses follows a parabola."""
+    """Reward stays nearer than one and is no further than the others; what it loses follows a parabola."""
     seeds = [0.0, 0.001, -0.001]
-    found = _findings(
+    found = findings(
         {
             REWARDED: [course(1.0, 0.1, noise) for noise in seeds],
             RIGHT: [course(1.0, 0.2, noise) for noise in seeds],
@@ -64,18 +68,44 @@ def test_words() -> None:
 
 def test_each_pair_is_compared_where_both_of_it_come() -> None:
     """One way that gets nowhere does not have the others compared where they have hardly begun."""
-    poor = [Point(5 * i, 0.1 * i, 2.0 * i, 0.0) for i in range(3)]
-    found = _findings({REWARDED: [course(1.0, 0.1)] * 2, RIGHT: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [poor] * 2})
+    poor = [Point(5 * i, 0.1 * i, 2.0 * i, 0.0) for i in range(4)]
+    paths = {REWARDED: [course(1.0, 0.1)] * 2, RIGHT: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [poor] * 2}
+    found = _findings(paths, {**dict.fromkeys(paths), OWN: "highest"})
     assert "at an accuracy of 0.80: by reward beside by demonstrations in its manner" in found[2].question
-    assert "at an accuracy of 0.20: by reward beside by demonstrations in another" in found[4].question
+    assert "; by demonstrations in its manner at the highest learning rate tried" in found[2].numbers
+    assert "at an accuracy of 0.30: by reward beside by demonstrations in another" in found[4].question
+    assert "highest" not in found[4].numbers
     assert [finding.verdict for finding in found[:6:2]] == ["equal", "less", "less"]
 
 
 def test_who_never_gets_there_decides_nothing() -> None:
-    flat = [[Point(0, 0.5, 0.0, 0.0), Point(5, 0.2, 1.0, 0.1), Point(10, 0.1, 2.0, 0.5)]] * 2
-    found = _findings({REWARDED: [course(1.0, 0.1)] * 2, RIGHT: flat, OWN: flat, OTHER: flat})
-    assert found[0].verdict == "undecided"
-    assert "0 seeds" in found[0].numbers
+    """One that falls below its start at once, and one that rises by no more than chance."""
+    falls = [Point(0, 0.5, 0.0, 0.0), Point(5, 0.2, 1.0, 0.1), Point(10, 0.1, 2.0, 0.5)]
+    rises = [Point(0, 0.5, 0.0, 0.0), Point(5, 0.4, 1.0, 0.1), Point(10, 0.51, 2.0, 0.5)]
+    for flat in (falls, rises):
+        found = findings({REWARDED: [course(1.0, 0.1)] * 2, RIGHT: [flat] * 2, OWN: [flat] * 2, OTHER: [flat] * 2})
+        assert found[0].verdict == "undecided"
+        assert "where both have learned as much" in found[0].question
+        assert "in 0 of 2 seeds both rise to it" in found[0].numbers
+
+
+def test_one_seed_that_does_not_get_there_is_not_left_out_in_silence() -> None:
+    """It is the reason why nothing is said, and not a seed less."""
+    late = [Point(0, 0.0, 0.0, 0.0), Point(5, 0.9, 1.0, 0.1), Point(10, 0.95, 2.0, 0.5)]
+    paths = {REWARDED: [course(1.0, 0.1), late], RIGHT: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [course(2.0, 0.1)] * 2}
+    assert "in 1 of 2 seeds both rise to it between measured lengths" in findings(paths)[0].numbers
+
+
+def test_a_parabola_explains_nothing_where_nothing_is_lost() -> None:
+    """What was measured then is its own error, of which no law explains much."""
+    rng = np.random.default_rng(0)
+
+    def still() -> list[Point]:
+        return [Point(5 * i, 0.2 * i, float(i), 0.01 * float(rng.normal()), 0.01) for i in range(5)]
+
+    paths = {way: [still(), still(), still()] for way in (REWARDED, RIGHT, OWN, OTHER)}
+    assert findings(paths)[-1].verdict == "undecided"
+    assert "errors of measurement leave" in findings(paths)[-1].numbers
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -94,36 +124,60 @@ def test_demonstrations_are_right(tmp_path: Path, backwards: bool) -> None:
         assert int(answer["content"]) == sum(map(int, numbers))
 
 
-def test_every_run_begins_from_what_was_taught(tmp_path: Path) -> None:
-    """Every way at each of its lengths, with the settings of its own loop alone."""
-    configs = configs_of(tmp_path, "taught", Terms(3, 1, SMALL))
-    assert {config.init for config in configs} == {"taught"}
-    assert [config.kind for config in configs] == [WAYS[way]["kind"] for way, lengths in LENGTHS.items() for _ in range(3 * len(lengths))]
-    assert [config.total_steps for config in configs[:5]] == list(LENGTHS[REWARDED])
-    assert {Path(config.sft.data).is_file() for config in configs if config.kind == "sft"} == {True}
-    with pytest.raises(ConfigError, match="the study itself decides init"):
-        configs_of(tmp_path, "taught", Terms(3, 1, ("init=mine",)))
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of a step or two, rates of which none is best, and a few tries."""
+
+    def cut(arm: Arm) -> Arm:
+        kind = arm.settings["kind"]
+        sizes = {"rl": {"groups_per_batch": 2, "group_size": 2, "max_tokens": 8}, "rejection": {"problems": 8}, "sft": {"batch_size": 2}}
+        return replace(arm, rates=(1e-3, 2e-3, 4e-3), settings={**arm.settings, kind: {**arm.settings[kind], **sizes[kind]}})
+
+    monkeypatch.setattr(forgetting, "arms", lambda folder: [cut(arm) for arm in arms(folder)])
+    monkeypatch.setattr(forgetting, "LENGTHS", dict.fromkeys(LENGTHS, (1, 2)))
+    monkeypatch.setattr(forgetting, "ROWS", 20)
+    monkeypatch.setattr(forgetting, "SCORECARD", ScorecardSettings(problems=3, tries=2, envs=("sort",), elsewhere=2))
+    monkeypatch.setattr(forgetting, "SHARED", {"lora": {"rank": 1}, "eval": {"problems": 8, "every": 10**6}})
+
+
+def teach(monkeypatch: pytest.MonkeyPatch, **rl: float) -> None:
+    monkeypatch.setattr(forgetting, "TEACHING", {**forgetting.TEACHING, "rl": {**forgetting.TEACHING["rl"], "steps": 6, **rl}})
 
 
 def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut to two lengths of a step or two, two seeds and a few tries: four ways, findings, a page and a picture. The policy of the start is
-    the one that was taught."""
-    teaching = {**forgetting.TEACHING, "rl": {**forgetting.TEACHING["rl"], "steps": 2, "groups_per_batch": 4}}
-    monkeypatch.setattr(forgetting, "TEACHING", teaching)
-    monkeypatch.setattr(forgetting, "LENGTHS", dict.fromkeys(WAYS, (1, 2)))
-    monkeypatch.setattr(forgetting, "ROWS", 20)
-    monkeypatch.setattr(forgetting, "SCORECARD", ScorecardSettings(problems=3, tries=2, envs=("sort",), elsewhere=2))
-    here = lab(tmp_path)
-    result = asyncio.run(forgetting.conduct(here, Terms(2, 1, SMALL)))
-    assert len(result.findings) == 11
-    assert {way: len(found) for way, found in result.document["ways"].items()} == dict.fromkeys(WAYS, 2)
+    """Four ways, findings, a page and a picture; every run begins from the one that was taught, and is measured beside it."""
+    small(monkeypatch)
+    teach(monkeypatch)
+    here, began = lab(tmp_path), list[str | None]()
+    measure = sharpening.measure_scorecard
+
+    async def seen(start: Policy, *rest: Any) -> Any:
+        held = await start.engine.publish(start.adapter) if start.adapter else None
+        began.append(held and held.digest)
+        return await measure(start, *rest)
+
+    monkeypatch.setattr(sharpening, "measure_scorecard", seen)
+    result = asyncio.run(forgetting.conduct(here, Terms(2, 1)))
+    assert len(result.findings) == 12
+    assert result.findings[0].question.startswith("reward of the taught policy")
+    assert {way: len(found) for way, found in result.document["ways"].items()} == dict.fromkeys(LENGTHS, 2)
     assert result.tables.count("\n| by ") == 8
+    assert result.tables.count("\n- by ") == 4
     result.draw(tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count("<svg") == 1
-    (taught,) = asyncio.run(here.run([make_config(teaching, ["lora.rank=1"])]))
-    parents = {
-        json.loads(manifest.read_text())["parents"][0]["digest"]
-        for manifest in here.folder.glob("*/adapter/veneer.json")
-        if manifest.parents[1] != taught.folder
-    }
-    assert parents == {read_adapter(taught.folder / "adapter")[0].adapter.digest}
+    manifests = [json.loads(path.read_text()) for path in here.folder.glob("*/adapter/veneer.json")]
+    (taught,) = [manifest["digest"] for manifest in manifests if manifest["env"] == "sort"]
+    assert {parent["digest"] for manifest in manifests for parent in manifest["parents"]} == {taught}
+    assert began == [taught] * 16
+
+
+def test_teaching_that_came_to_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    teach(monkeypatch, learning_rate=1e30)
+    with pytest.raises(RunError, match="teaching came to nothing"):
+        asyncio.run(forgetting.conduct(lab(tmp_path), Terms(2, 1)))
+
+
+@pytest.mark.parametrize("override", ["init=mine", "rl.steps=3", "sft.data=mine.jsonl", "rejection.rounds=2", "env.args.max_terms=9"])
+def test_what_would_make_ways_unequal_is_refused(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"the study itself decides {override.partition('=')[0]}"):
+        asyncio.run(forgetting.conduct(lab(tmp_path), Terms(2, 1, (override,))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,24 @@ def test_side_by_side_is_alone(together: list[Outcome], tmp_path: Path) -> None:
         assert alone.metrics == together[place].metrics
         mine, theirs = (read_adapter(outcome.folder / "adapter")[0].adapter.digest for outcome in (alone, together[place]))
         assert mine == theirs
+
+
+def test_a_run_begins_from_the_adapter_that_it_names(tmp_path: Path) -> None:
+    """It begins with the weights that the other ended with. Another adapter is another run, the same one at another place is not, and one
+    of another shape is refused."""
+    here = lab(tmp_path)
+    first, other = asyncio.run(here.run([small(seed=0, rl={"learning_rate": 6e-3}), small(seed=1)]))
+    moved = tmp_path / "moved"
+    shutil.copytree(first.folder / "adapter", moved)
+    inits = [str(first.folder / "adapter"), str(moved), str(other.folder / "adapter")]
+    begun, again, another, fresh = asyncio.run(here.run([small(seed=7, init=init) for init in (*inits, "")]))
+    assert begun.folder == again.folder
+    assert len({begun.folder, another.folder, fresh.folder}) == 3
+    assert begun.metrics[0]["adapter/digest"] == first.metrics[-1]["adapter/digest"]
+    parents = json.loads((begun.folder / "adapter/veneer.json").read_text())["parents"]
+    assert [parent["digest"] for parent in parents] == [read_adapter(moved)[0].adapter.digest]
+    with pytest.raises(ConfigError, match=r"init: the adapter in .* has the shape .*rank=1.*, and the run is to have .*rank=2"):
+        asyncio.run(here.run([small(init=inits[0], lora={"rank": 2})]))
 
 
 def test_runs_that_differ_differ(together: list[Outcome]) -> None:

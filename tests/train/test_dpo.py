@@ -52,7 +52,7 @@ def test_it_prefers_what_was_chosen(tmp_path: Path, data: Path) -> None:
 
 
 def test_the_summary_says_what_the_pairs_taught(tmp_path: Path, data: Path) -> None:
-    """At most a bit each, where the policy could not tell; beside what the adapter can hold."""
+    """A bit each at first and less as the policy learns; beside what the adapter can hold."""
     summary, _, _ = execute(config_for(data).model_copy(update={"folder": str(tmp_path / "run")}), lambda metrics: None)
     assert 0 < summary["bits"] < summary["pairs"]
     assert summary["capacity_bits"] == summary["trainable_parameters"]

@@ -43,9 +43,14 @@ def moved(base: Policy) -> Policy:
 
 
 def measured(
-    start: Policy, end: Policy, settings: ScorecardSettings = SMALL, env: EnvDataset | None = None, limit: float = 0.5
+    start: Policy,
+    end: Policy,
+    settings: ScorecardSettings = SMALL,
+    env: EnvDataset | None = None,
+    limit: float = 0.5,
+    base: Policy | None = None,
 ) -> Measured:
-    return asyncio.run(measure_scorecard(start, end, env or load_env("sort", {}), settings, limit, seed=0))
+    return asyncio.run(measure_scorecard(start, end, env or load_env("sort", {}), settings, limit, seed=0, base=base))
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def test_it_is_the_same_again_and_turned_around(base: Policy, moved: Policy) -> 
 
 def test_one_that_began_from_an_adapter_is_measured_from_the_base_too(base: Policy, moved: Policy) -> None:
     """By the same draws, so to the last bit what it is beside the base."""
-    beside_base, beside_itself = measured(base, moved), measured(moved, moved)
+    beside_base, beside_itself = measured(base, moved), measured(moved, moved, base=base)
     assert beside_base.from_base is None
     assert abs(beside_itself.divergence.forward["value"]) < 1e-6
     assert beside_itself.from_base == beside_base.divergence

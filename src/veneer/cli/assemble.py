@@ -255,7 +255,8 @@ def _scorecard(session: Session) -> dict[str, Any]:
     async def measured() -> dict[str, Any]:
         async with closing(load_env(config.env.name, config.env.args)) as dataset:
             pair = replace(policy, adapter=start), policy
-            found = await measure_scorecard(*pair, dataset, config.scorecard, config.env.max_failed_share, config.seed)
+            base = None if start is None else replace(policy, adapter=None)
+            found = await measure_scorecard(*pair, dataset, config.scorecard, config.env.max_failed_share, config.seed, base)
             return found.document()
 
     try:

@@ -81,7 +81,8 @@ async def run_distill(session: Session, dataset: EnvDataset | None, teacher: Tea
     measured = [m for m in metrics if "eval/kl/episode" in m]
     for name, m in (("before", measured[0]), ("after", measured[-1])) if measured else ():
         summary[f"kl_{name}"] = _interval(m, "eval/kl/episode", "eval")
-    return summary | (dataclasses.asdict(teacher_ledger(metrics, session.trainable)) if result.steps else {})
+    off_policy = result.steps and not settings.on_policy
+    return summary | (dataclasses.asdict(teacher_ledger(metrics, session.trainable)) if off_policy else {})
 
 
 LOOPS: dict[str, Loop] = {"rl": run_rl, "sft": run_sft, "dpo": run_dpo, "rejection": run_rejection, "distill": run_distill}

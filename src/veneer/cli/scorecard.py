@@ -71,7 +71,8 @@ def command(
 
     async def measured() -> Measured:
         async with closing(dataset):
-            return await measure_scorecard(policy(before), policy(name), dataset, settings, home.env.max_failed_share, seed)
+            base = None if before is None else policy(None)
+            return await measure_scorecard(policy(before), policy(name), dataset, settings, home.env.max_failed_share, seed, base)
 
     found = asyncio.run(measured()).document()
     document = {"adapter": adapter, "start": started or machine.engine.base_id, "env": dataset.name, **found}

@@ -31,6 +31,7 @@ LINEAR_ATTENTION = ("linear_attention", "mamba", "conv", "recurrent", "hybrid")
 LIKE = "llama"
 """Whose layers those of an architecture that transformers does not know are counted as, if its configuration has these numbers:"""
 NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+MORE = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings")
 
 
 def count_shape(source: str | Mapping[str, Any]) -> ModelShape:
@@ -43,7 +44,7 @@ def count_shape(source: str | Mapping[str, Any]) -> ModelShape:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         shape = count_shape(_likened(name, values))
-        return replace(shape, name=_short(name), architecture=f"{kind} as {shape.architecture}", doubts=[_likeness(kind), *shape.doubts])
+        return replace(shape, architecture=f"{kind} as {shape.architecture}", doubts=[_likeness(str(kind)), *shape.doubts])
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
         with torch.device("meta"):
@@ -61,13 +62,14 @@ def _likened(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of what transformers does not know, as that of what it is counted as.
 
     Raises:
-        BaseError: it lacks a number, or has experts, which configurations describe in too many ways.
+        BaseError: it says nothing of its kind, reads and writes apart, lacks a number, or has experts, which configurations describe in
+            too many ways.
     """
-    missing = [key for key in NUMBERS if not isinstance(values.get(key), int)]
-    experts = [key for key in values if "expert" in key]
-    if not missing and not experts:
-        return {**values, "model_type": LIKE, "_name_or_path": name}
-    why = f"has no number {', '.join(missing)}" if missing else f"has experts ({', '.join(experts)})"
+    missing = [key for key in ("model_type", *NUMBERS) if not isinstance(values.get(key), int if key in NUMBERS else str)]
+    other = [key for key in values if values[key] and ("expert" in key or key == "is_encoder_decoder")]
+    if not missing and not other:
+        return {**{key: values[key] for key in (*NUMBERS, *MORE) if values.get(key) is not None}, "model_type": LIKE, "_name_or_path": name}
+    why = f"has no {', '.join(missing)}" if missing else f"has {', '.join(other)}"
     raise BaseError(
         f"base {name!r}: transformers does not know model_type {values.get('model_type')!r}, and its configuration {why}, so its layers "
         f"cannot be counted; give a config.json of an architecture that it knows and that has the same layers, or install a newer "
@@ -75,16 +77,12 @@ def _likened(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _likeness(kind: object) -> str:
+def _likeness(kind: str) -> str:
     return (
-        f"transformers does not know model_type {kind!r}: its layers are counted as those of a Llama of the same {', '.join(NUMBERS)}, "
-        f"with q, k, v, o, gate, up and down in each; what else they have is not counted, and it can be trained only where transformers "
-        f"knows it"
+        f"transformers does not know model_type {kind!r}: its layers are counted as those of a Llama of the same {', '.join(NUMBERS)} (and "
+        f"{', '.join(MORE)}, where it has them), with q, k, v, o, gate, up and down in each; what else they have is not counted, and it "
+        f"can be trained only where transformers knows it"
     )
-
-
-def _short(name: str) -> str:
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def _walk(name: str, model: nn.Module, head: nn.Module, config: PretrainedConfig
     if shared:
         doubts.append(f"{shared} tensors serve several linear maps, each of which is counted: an adapter that they share would be smaller")
     return ModelShape(
-        _short(name),
+        Path(name).name if Path(name).is_dir() else name,
         type(model).__name__,
         _staged(sorted(maps, key=lambda m: m.kind == "unembedding")),
         _attention(config),

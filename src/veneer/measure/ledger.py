@@ -51,52 +51,59 @@ def ledger(metrics: Sequence[Mapping[str, Any]], timings: Sequence[Mapping[str, 
 
 
 @dataclass(frozen=True)
-class Taught:
+class Offered:
     bits: float
-    """What there was to learn, at most: in texts, in preferences, or from a teacher."""
+    """What there was to learn."""
     capacity_bits: int
     """As of ``Ledger``."""
     saturation: float
     """To be learned over capacity."""
 
 
-def text_ledger(metrics: Sequence[Mapping[str, Any]], rows: int, batch_size: int, parameters: int) -> Taught:
+def text_ledger(metrics: Sequence[Mapping[str, Any]], rows: int, batch_size: int, parameters: int) -> Offered:
     """Of the metrics.jsonl of supervised training, whose losses are nats a token before the step, and of the rows that were trained on:
     the loss on what was read for the first time (prequential coding; "LoRA Without Regret", section on capacity). Where an epoch ends
-    within a batch, all of the batch is counted.
+    within a batch, its share of the batch is counted.
 
     Raises:
         ValueError: no step was made.
     """
-    steps = [m for m in metrics if "train_mean_nll" in m][: math.ceil(rows / batch_size)]
-    return _taught([m["train_mean_nll"] * m["tokens"] for m in steps], parameters)
+    nats = [m["train_mean_nll"] * m["tokens"] for m in metrics if "train_mean_nll" in m]
+    return _offered(_first_epoch(nats, rows, batch_size), parameters)
 
 
-def preference_ledger(metrics: Sequence[Mapping[str, Any]], pairs: int, batch_size: int, parameters: int) -> Taught:
-    """The same of preferences, whose loss is the nats that telling which answer is the better one takes: at most about a bit a pair, and
-    that where the policy cannot tell them apart.
-
-    Raises:
-        ValueError: no step was made.
-    """
-    steps = [m for m in metrics if "loss" in m][: math.ceil(pairs / batch_size)]
-    return _taught([m["loss"] * batch_size for m in steps], parameters)
-
-
-def teacher_ledger(metrics: Sequence[Mapping[str, Any]], parameters: int) -> Taught:
-    """Of distillation: by how much student and teacher differed on what was sampled, KL divergence by KL divergence, whichever of them
-    sampled. Every step samples anew.
+def preference_ledger(metrics: Sequence[Mapping[str, Any]], pairs: int, batch_size: int, parameters: int) -> Offered:
+    """Of DPO: what it takes to say which answer of each pair is the better one, to whom the texts and the reference are given and who
+    bets on it as the loss has it: the loss on pairs that were read for the first time. A bit a pair as long as policy and reference are
+    the same, less where the policy has come to prefer what was chosen, more where the opposite. The gradient carries the texts too, so an
+    adapter may store more than that.
 
     Raises:
         ValueError: no step was made.
     """
-    ways = ("kl/student_teacher", "kl/teacher_student")
-    played = [(m[way], m) for m in metrics for way in ways if way in m]
-    return _taught([kl * m.get("tokens", m["tokens/mean"] * m["episodes"]) for kl, m in played], parameters)
+    return _offered(_first_epoch([m["loss"] * batch_size for m in metrics if "loss" in m], pairs, batch_size), parameters)
 
 
-def _taught(nats: Sequence[float], parameters: int) -> Taught:
+def teacher_ledger(metrics: Sequence[Mapping[str, Any]], parameters: int) -> Offered:
+    """Of off-policy distillation: by how many more nats the student would have written down what the teacher sampled than the teacher
+    itself, which is the KL divergence of teacher and student (the redundancy of a prequential code, Cover & Thomas 2006, 13.1). Every step
+    samples anew. What a teacher says of the student's own samples is a number a token, of which no such sum is the measure.
+
+    Raises:
+        ValueError: no step was made, or none of this kind.
+    """
+    played = [(m["kl/teacher_student"], m) for m in metrics if "kl/teacher_student" in m]
+    return _offered([kl * m.get("tokens", m["tokens/mean"] * m["episodes"]) for kl, m in played], parameters)
+
+
+def _first_epoch(nats: Sequence[float], rows: int, batch_size: int) -> list[float]:
+    """Of the nats of batches, those of rows that were read for the first time."""
+    fresh = [min(batch_size, rows - at) / batch_size for at in range(0, rows, batch_size)]
+    return [share * batch for share, batch in zip(fresh, nats, strict=False)]
+
+
+def _offered(nats: Sequence[float], parameters: int) -> Offered:
     if not nats:
-        raise ValueError("no step was made: nothing was read")
+        raise ValueError("no step was made: there was nothing to learn")
     bits = math.fsum(nats) / math.log(2)
-    return Taught(bits, parameters, bits / parameters)
+    return Offered(bits, parameters, bits / parameters)

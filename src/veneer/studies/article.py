@@ -95,11 +95,12 @@ SECTIONS: Sequence[Section] = (
                 ),
             ),
             Sentence(
-                "It forgets less than supervised training, as it stays nearer to the base.",
+                "It forgets less than supervised training, as it stays nearer to where it began.",
                 {"forgetting": ""},
                 (
                     *(Prediction("forgetting", f"^KL from where it began .* in {manner}", "less") for manner in ("its manner", "another")),
                     *(Prediction("forgetting", f"^reward lost elsewhere .* in {manner}", "less") for manner in ("its manner", "another")),
+                    *(Prediction("forgetting", f"^reward elsewhere after .* in {manner}", "worse") for manner in ("its manner", "another")),
                 ),
             ),
             Sentence(

@@ -198,11 +198,11 @@ def overridden(shared: Mapping[str, Any], arms: Sequence[Arm], terms: Terms) -> 
     return tree
 
 
-def terms_for(terms: Terms, kind: str, kinds: Sequence[str] = ("rl", "sft")) -> Terms:
-    """For the runs of one kind in a study that trains in several: without overrides of the others' tables, such as sft.steps where
-    ``kind`` is rl."""
-    others = tuple(f"{other}." for other in kinds if other != kind)
-    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(others)))
+def terms_for(terms: Terms, kind: Literal["rl", "sft"]) -> Terms:
+    """For the runs of one kind in a study that trains in both: without overrides of the other's table, such as sft.steps where ``kind``
+    is rl."""
+    other = "sft." if kind == "rl" else "rl."
+    return replace(terms, overrides=tuple(override for override in terms.overrides if not override.startswith(other)))
 
 
 def _kind(tree: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def _tables(contest: Contest) -> str:
         f"Scores of {len(contest.reference.scores)} seeds, with 95% intervals. Mean score by learning rate on the {chosen} others on",
     ]
     lines += ["which it is chosen; * is the best, d a rate at which runs diverged:", ""]
-    lines += [f"- {entrant.arm.name}: {_swept(entrant.sweep)}; {_plateau(entrant, margin)}" for entrant in contest.entrants]
+    lines += [f"- {entrant.arm.name}: {tell_sweep(entrant.sweep)}; {_plateau(entrant, margin)}" for entrant in contest.entrants]
     diverged = [f"{e.arm.name}, seed {o.config.seed}: {o.diverged}" for e in contest.entrants for o in e.outcomes if o.diverged]
     return "\n".join([*lines, *([""] if diverged else []), *(f"- diverged: {line}" for line in diverged)]) + "\n"
 
@@ -87,7 +87,9 @@ def _rate(sweep: Sweep) -> str:
     return f"{sweep.best:.3g}" + (f" ({sweep.edge} tried)" if sweep.edge else "")
 
 
-def _swept(sweep: Sweep) -> str:
+def tell_sweep(sweep: Sweep) -> str:
+    """The mean score at every learning rate; * is the best, d one at which runs diverged."""
+
     def one(rate: float, mean: float) -> str:
         lost = any(outcome.diverged for outcome in sweep.tried[rate])
         return f"{rate:.3g} {mean:.3f}{'*' if rate == sweep.best else ''}{' d' if lost else ''}"

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from veneer.train import rejection, rl, sft
 from veneer.train.config import RunConfig
 from veneer.train.rollouts import closing
 from veneer.train.session import Interrupted, Session
-from veneer.types import AdapterError, ConfigError, DivergedError, Engine
+from veneer.types import AdapterError, Checkpoint, ConfigError, DivergedError, Engine
 
 OUTCOME, ADAPTER, RECORD = "outcome.json", "adapter", "record.json"
 COUNTED = "(counted)"
@@ -209,7 +209,7 @@ class Lab:
     async def _make(self, folder: Path, config: RunConfig, place: Place, done: Path) -> None:
         config = config.model_copy(update={"name": folder.name, "folder": str(folder)})
         diverged = None
-        init = read_adapter(Path(config.init))[0] if config.init else None
+        init = _first(config)
         run = Run(folder, config.to_toml())
         session = Session(place.engine, place.renderer, config, run, init, stop=self.stop)
         try:
@@ -228,7 +228,11 @@ class Lab:
 
     def _folder(self, config: RunConfig, what: str = "") -> Path:
         """Named by all that decides what a run or a measurement comes to: its settings, what it reads, wherever that lies, and Veneer's own
-        files."""
+        files.
+
+        Raises:
+            AdapterError: the adapter that it begins from cannot be read.
+        """
         unnamed = config.model_copy(update={"name": "run", "folder": ""})
         if config.kind == "sft" and Path(config.sft.data).is_file():
             rows = hashlib.sha256(Path(config.sft.data).read_bytes()).hexdigest()
@@ -247,6 +251,22 @@ def origin() -> str:
             if path.is_file() and path.suffix in (".py", ".json", ".jinja", ".safetensors"):
                 found.update(f"{path.relative_to(PACKAGE)}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()
+
+
+def _first(config: RunConfig) -> Checkpoint | None:
+    """What a run begins from; None: the base.
+
+    Raises:
+        AdapterError: it cannot be read.
+        ConfigError: it has another shape than the run is to have.
+    """
+    if not config.init:
+        return None
+    checkpoint, wanted = read_adapter(Path(config.init))[0], config.lora_config()
+    found = checkpoint.config and wanted and replace(checkpoint.config, seed=wanted.seed)
+    if found != wanted:
+        raise ConfigError(f"init: the adapter in {config.init} has the shape {found}, and the run is to have {wanted}")
+    return checkpoint
 
 
 @cache

@@ -4,7 +4,7 @@ beside each what the base and the trained policy do with the same problems when 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from veneer.studies.lab import ADAPTER, Lab, Outcome
 from veneer.train.config import RunConfig, ScorecardSettings, make_config
 from veneer.train.rollouts import Policy, closing
 from veneer.train.scorecard import measure_scorecard
-from veneer.types import EnvDataset, SamplingParams
+from veneer.types import AdapterError, EnvDataset, SamplingParams
 
 SHARED: Mapping[str, Any] = {
     "env": {"name": "arithmetic", "args": {"min_terms": 4, "max_terms": 6}},
@@ -61,19 +61,20 @@ async def both(lab: Lab, outcome: Outcome, config: RunConfig) -> AsyncGenerator[
     Raises:
         VeneerError: an adapter cannot be read.
     """
-    place = lab.place(config)
+    engine, renderer = (place := lab.place(config)).engine, place.renderer
     folders = {TRIED: outcome.folder / ADAPTER, **({BEFORE: Path(config.init)} if config.init else {})}
-    for who, folder in folders.items():
-        await place.engine.load_state(who, read_adapter(folder)[0])
+    checkpoints = {who: read_adapter(folder)[0] for who, folder in folders.items()}
     params = SamplingParams(max_tokens=config.max_tokens if config.plays else config.rl.max_tokens)
-    pair = (BEFORE if config.init else None, TRIED)
-    start, end = (Policy(place.engine, place.renderer, who, params, config.env.seconds) for who in pair)
+    start, end = (Policy(engine, renderer, who, params, config.env.seconds) for who in (BEFORE if config.init else None, TRIED))
     try:
+        for who, checkpoint in checkpoints.items():
+            await engine.load_state(who, checkpoint)
         async with closing(load_env(config.env.name, config.env.args)) as dataset:
             yield start, end, dataset
     finally:
-        for who in folders:
-            place.engine.remove_adapter(who)
+        for who in checkpoints:
+            with suppress(AdapterError):  # it could not be loaded
+                engine.remove_adapter(who)
 
 
 BEFORE, TRIED = "(before)", "(tried)"

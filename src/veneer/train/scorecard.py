@@ -47,7 +47,7 @@ class Measured:
     card: Scorecard
     divergence: Divergence
     from_base: Divergence | None
-    """The same with the base in place of the start; None: the start is the base."""
+    """The same with the base in place of the start; None: it is the start, or was not asked for."""
     elsewhere: Sequence[Elsewhere]
     episodes: int
     seconds: float
@@ -58,9 +58,10 @@ class Measured:
 
 
 async def measure_scorecard(
-    start: Policy, end: Policy, dataset: EnvDataset, settings: ScorecardSettings, limit: float, seed: int
+    start: Policy, end: Policy, dataset: EnvDataset, settings: ScorecardSettings, limit: float, seed: int, base: Policy | None = None
 ) -> Measured:
-    """Play held-out problems with both. The same seed draws the same numbers for both, and other ones than evaluations do.
+    """Play held-out problems with both. The same seed draws the same numbers for both, and other ones than evaluations do. ``base``: what
+    the end's divergence is also measured from, if it is not the start.
 
     ``limit``: the share of failed episodes above which nothing is said.
 
@@ -91,8 +92,7 @@ async def measure_scorecard(
     card = make_scorecard([_tries(group) for group in before], [_tries(group) for group in after])
     divergence = Divergence(await _divergence(end, before), await _divergence(start, after))
     from_base = None
-    if start.adapter is not None:
-        base = replace(start, adapter=None)
+    if base is not None:
         first = await do_rollouts(base, dataset, "eval", range(len(before)), min(READ, settings.tries), draws)
         check_failures(first, limit)
         episodes += sum(len(group.trajectories_G) for group in first)
