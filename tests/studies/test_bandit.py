@@ -149,6 +149,7 @@ def test_rates_are_chosen_on_other_secrets() -> None:
     """More seeds do not change the choice, nor what the first seeds came to."""
     task = Task(20, 10)
     few, more = teach(task, Terms(2, 1)), teach(task, Terms(3, 1))
+    assert list(teach(task, Terms(2, 1, coarse=True)).tried) == list(few.tried)[::2]
     assert few.rate == more.rate == max(few.tried, key=few.tried.__getitem__)
     assert few.tried == more.tried
     assert list(few.shares("solved")) == list(more.shares("solved")[:2])

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def test_what_does_not_fit_is_shrunk_and_said(tmp_path: Path) -> None:
     assert found["slow"].result is not None  # that of the level that it did finish
     coarse, _ = made_within(tmp_path, 0.5, study("coarse", lambda t: 0.0 if t.coarse else 60.0))
     assert coarse["coarse"].shrunk(FULL) == "2 of 5 seeds, 1 of 2 choice seeds, every second learning rate"
+    fixed = replace(study("fixed", lambda t: 0.0 if t.coarse else 60.0), chooses=False)
+    assert made_within(tmp_path, 0.5, fixed)[0]["fixed"].shrunk(FULL) == "2 of 5 seeds", "it had none of these to begin with"
 
 
 def test_what_is_never_reached_is_left_out_in_words(tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_every_study_is_on_the_page(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_who_chooses_a_learning_rate_is_who_has_use_for_choice_seeds(name: str) -> None:
+    """By what its module calls: a budget says of no other study that it has fewer choice seeds."""
+    source = (ROOT / f"src/veneer/studies/{name}.py").read_text()
+    assert find_study(name).chooses == any(word in source for word in ("choice_seeds", "hold_contest", "sweep_all"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("override", ["rl.stebs=3", "seed=1", "weights=full"])
 def test_what_a_study_does_not_take_is_refused_before_any_work(name: str, override: str, tmp_path: Path) -> None:
     """A setting that nothing follows would stand on the study's page as if it had been."""

@@ -14,7 +14,7 @@ from test_lab import lab
 
 from veneer.studies import forgetting, sharpening
 from veneer.studies.contest import Arm, Terms
-from veneer.studies.forgetting import LENGTHS, OTHER, OWN, REWARDED, RIGHT, Course, Point, _findings, arms, at_accuracy, parabola
+from veneer.studies.forgetting import LENGTHS, OTHER, OWN, REWARDED, RIGHT, Course, Point, _findings, at_accuracy, parabola, ways_of
 from veneer.studies.result import Finding
 from veneer.studies.worked import write_worked
 from veneer.train.config import ScorecardSettings
@@ -132,7 +132,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = {"rl": {"groups_per_batch": 2, "group_size": 2, "max_tokens": 8}, "rejection": {"problems": 8}, "sft": {"batch_size": 2}}
         return replace(arm, rates=(1e-3, 2e-3, 4e-3), settings={**arm.settings, kind: {**arm.settings[kind], **sizes[kind]}})
 
-    monkeypatch.setattr(forgetting, "arms", lambda folder: [cut(arm) for arm in arms(folder)])
+    monkeypatch.setattr(forgetting, "ways_of", lambda folder: [cut(arm) for arm in ways_of(folder)])
     monkeypatch.setattr(forgetting, "LENGTHS", dict.fromkeys(LENGTHS, (1, 2)))
     monkeypatch.setattr(forgetting, "ROWS", 20)
     monkeypatch.setattr(forgetting, "SCORECARD", ScorecardSettings(problems=3, tries=2, envs=("sort",), elsewhere=2))

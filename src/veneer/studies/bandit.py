@@ -131,11 +131,12 @@ class Learned:
 
 def teach(task: Task, terms: Terms) -> Learned:
     """Choose a learning rate on the choice seeds, and learn with it on the others."""
-    rates = [rate for rate in RATES for _ in range(LEARNERS)]
+    grid = RATES[::2] if terms.coarse else RATES
+    rates = [rate for rate in grid for _ in range(LEARNERS)]
     choice = [play(task, rates, _rng("rate", task, CHOICE + seed)) for seed in range(terms.choice_seeds)]
-    means = np.mean([(task.claimed / ends.solved).reshape(len(RATES), LEARNERS).mean(axis=1) for ends in choice], axis=0)
-    tried = dict(zip(RATES, map(float, means), strict=True))
-    best = max(RATES, key=lambda rate: (tried[rate], -rate))
+    means = np.mean([(task.claimed / ends.solved).reshape(len(grid), LEARNERS).mean(axis=1) for ends in choice], axis=0)
+    tried = dict(zip(grid, map(float, means), strict=True))
+    best = max(grid, key=lambda rate: (tried[rate], -rate))
     return Learned(task, best, tried, [play(task, [best] * LEARNERS, _rng("learn", task, seed)) for seed in range(terms.seeds)])
 
 

@@ -45,9 +45,9 @@ class Reached:
         else:
             if self.terms.seeds < full.seeds:
                 parts.append(f"{self.terms.seeds} of {full.seeds} seeds")
-            if self.terms.choice_seeds < full.choice_seeds:
+            if self.study.chooses and self.terms.choice_seeds < full.choice_seeds:
                 parts.append(f"{self.terms.choice_seeds} of {full.choice_seeds} choice seeds")
-            if self.terms.coarse and not full.coarse:
+            if self.study.chooses and self.terms.coarse and not full.coarse:
                 parts.append("every second learning rate")
         return "; ".join([", ".join(parts) or "in full", *([self.failed] if self.failed else [])])
 

@@ -22,6 +22,8 @@ STUDIES = (
 )
 """Each a module of this package: its docstring says what is asked, QUESTION says it in one sentence, CLAIMS which of the 22 claims it
 tests, ``conduct`` does it, ``arms`` are what it compares, if it compares runs."""
+UNCHOSEN = ("early", "groups", "visibility", "crossover", "entropy", "habits", "cost", "toggle", "merging")
+"""Those that choose no learning rate, and have no use for choice seeds or a coarse grid."""
 Conduct = Callable[[Lab, Terms], Coroutine[Any, Any, Result]]
 DOCUMENT, PAGE, PICTURE = "study.json", "study.md", "study.svg"
 
@@ -36,6 +38,8 @@ class Study:
     """By their numbers in docs/studies.md."""
     about: str
     conduct: Conduct
+    chooses: bool = True
+    """A learning rate, for each of its arms."""
 
 
 def find_study(name: str) -> Study:
@@ -47,7 +51,9 @@ def find_study(name: str) -> Study:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STUDIES)}"
         raise ConfigError(f"no study {name!r}; {hint}")
     module = importlib.import_module(f"veneer.studies.{name}")
-    return Study(name, module.QUESTION, module.CLAIMS, (module.__doc__ or "").strip(), naming_diverged(module.conduct))
+    return Study(
+        name, module.QUESTION, module.CLAIMS, (module.__doc__ or "").strip(), naming_diverged(module.conduct), name not in UNCHOSEN
+    )
 
 
 def naming_diverged(conduct: Conduct) -> Conduct:

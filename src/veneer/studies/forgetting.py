@@ -1,11 +1,11 @@
-"""What does a policy forget that learns something new? One that has been taught learns longer sums by reward, by imitating its own right
-answers, and by demonstrations in two manners.
+"""What does a policy forget that learns something new? One that was taught to sort learns longer sums, in four ways.
 
-RL's Razor finds that forgetting follows the KL divergence from the first policy to the trained one on the new task, by a parabola, whatever
-the method; and that reinforcement learning forgets less than supervised training because it reaches the same accuracy nearer to where it
-began (https://arxiv.org/abs/2509.04259). Who knows little forgets little: the bundled base half knows the other tasks, and learning sums
-makes it better at them (the study of the crossover). So it is taught first, by reward, to sort digits, and every run begins from the one
-adapter that comes of it: intervals are over what seeds do behind that, not over what else it might have been taught.
+They are reward, imitation of its own right answers, and demonstrations in two manners. RL's Razor finds that forgetting follows the KL
+divergence from the first policy to the trained one on the new task, by a parabola, whatever the method; and that reinforcement learning
+forgets less than supervised training because it reaches the same accuracy nearer to where it began (https://arxiv.org/abs/2509.04259). Who
+knows little forgets little: the bundled base half knows the other tasks, and learning sums makes it better at them (the study of the
+crossover). So it is taught first, by reward, to sort digits, and every run begins from the one adapter that comes of it: intervals are over
+what seeds do behind that, not over what else it might have been taught.
 
 Its own right answers are sampled once, before anything is learned. Demonstrations are right to the last step, either in the manner that it
 has itself, from the first number on, or from the last one on, which it has never seen. Each way runs at its best learning rate, by the
@@ -84,7 +84,7 @@ Course = Sequence[Point]
 """Of one seed and way, by rising length; what all began from first."""
 
 
-def arms(folder: Path) -> Sequence[Arm]:
+def ways_of(folder: Path) -> Sequence[Arm]:
     """One for each way, at its longest. ``folder``: where demonstrations are kept.
 
     Raises:
@@ -107,7 +107,7 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
     RunError: the teaching came to nothing, or no answer of the taught policy to a training problem is right.
     Interrupted, VeneerError: as ``Lab.run``.
     """
-    ways = thinned(arms(lab.folder.parent / "data"), terms)
+    ways = thinned(ways_of(lab.folder.parent / "data"), terms)
     shared = overridden(SHARED, ways, terms)
     shared = {**shared, "init": str(await _taught(lab, shared) / ADAPTER)}
     sweeps = await sweep_all(lab, shared, ways, terms.choice_seeds)
