@@ -80,6 +80,7 @@ def run(
     from veneer.engine import default_device
     from veneer.engine.counting import Bench
     from veneer.engine.merge import write_merged
+    from veneer.engine.random_base import write_random
     from veneer.studies.budget import seconds_of
     from veneer.studies.catalogue import STUDIES, find_study, keep
     from veneer.studies.contest import Terms
@@ -98,7 +99,7 @@ def run(
     def told(outcome: Outcome, done: int, of: int) -> None:
         print(f"{done:>4} of {of}  {outcome}", file=sys.stderr, flush=True)
 
-    lab = Lab(folder / "runs", open_place, device, side_by_side, told, bench=Bench(device), merge=write_merged)
+    lab = Lab(folder / "runs", open_place, device, side_by_side, told, bench=Bench(device), merge=write_merged, random_base=write_random)
     if name == "all" or seconds is not None:
         _run_within(lab, studies, terms, seconds, folder, as_json)
         return

@@ -168,10 +168,12 @@ SECTIONS: Sequence[Section] = (
             ),
             Sentence(
                 "The best learning rate is about ten times that of full fine-tuning, whatever the rank.",
-                {"learning_rate": "", "early": "", "horizon": "", "rank": "^best learning rate"},
+                {"learning_rate": "", "width": "", "early": "", "horizon": "", "rank": "^best learning rate"},
                 (
                     Prediction("learning_rate", "^alpha 32: the best rate is 10 times", "equal"),
                     Prediction("learning_rate", "^alpha 32: the best rate does not depend", "equal"),
+                    Prediction("width", "does not depend on the width", "equal"),
+                    Prediction("width", "^256 wide: it is 10 times", "equal"),
                 ),
             ),
             Sentence(

@@ -1,5 +1,5 @@
-"""What a study counts, weighs and times engines with, and what merges adapters. Whoever starts a study hands them in; the engine package
-has them (``engine/counting.py``, ``engine/merge.py``)."""
+"""What a study counts, weighs and times engines with, what merges adapters, and what makes bases of other widths. Whoever starts a study
+hands them in; the engine package has them (``engine/counting.py``, ``engine/merge.py``, ``engine/random_base.py``)."""
 
 from __future__ import annotations
 
@@ -94,5 +94,15 @@ class Merge(Protocol):
 
         Raises:
             AdapterError: it was made for another base, or is a full copy.
+        """
+        ...
+
+
+class RandomBase(Protocol):
+    def __call__(self, base: str, folder: Path, width: int, layers: int, seed: int, /) -> None:
+        """Write a model of the base's kind with random weights.
+
+        Raises:
+            BaseError: there is none of that width.
         """
         ...

@@ -17,8 +17,8 @@ from veneer.studies.result import Result
 from veneer.types import ConfigError
 
 STUDIES = (
-    *("rank", "learning_rate", "early", "horizon", "layers", "batch", "batch_rl", "capacity", "received", "bandit", "groups", "feedback"),
-    *("visibility", "crossover", "exploration", "entropy", "forgetting", "habits", "cost", "toggle", "merging"),
+    *("rank", "learning_rate", "width", "early", "horizon", "layers", "batch", "batch_rl", "capacity", "received", "bandit", "groups"),
+    *("feedback", "visibility", "crossover", "exploration", "entropy", "forgetting", "habits", "cost", "toggle", "merging"),
 )
 """Each a module of this package: its docstring says what is asked, QUESTION says it in one sentence, CLAIMS which of the 22 claims it
 tests, ``conduct`` does it, ``arms`` are what it compares, if it compares runs."""

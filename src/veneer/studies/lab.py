@@ -20,7 +20,7 @@ from veneer.render import Renderer
 from veneer.store.adapters import read_adapter, write_adapter
 from veneer.store.files import storage_errors, write_text
 from veneer.store.run import Run
-from veneer.studies.bench import Bench, Merge
+from veneer.studies.bench import Bench, Merge, RandomBase
 from veneer.train import rejection, rl, sft
 from veneer.train.config import RunConfig
 from veneer.train.rollouts import closing
@@ -104,6 +104,8 @@ class Lab:
     """What engines are counted and timed with; None: this lab only makes runs."""
     merge: Merge | None = None
     """What writes adapters into a base's weights."""
+    random_base: RandomBase | None = None
+    """What makes bases of other widths."""
     diverged: dict[Path, Outcome] = field(default_factory=dict)
     """Runs that did, of all that were asked for, by folder; whoever wants to know of one study empties it before."""
     _places: dict[tuple[str, str], Place] = field(default_factory=dict)
@@ -239,6 +241,8 @@ class Lab:
             unnamed = unnamed.model_copy(update={"sft": config.sft.model_copy(update={"data": rows})})
         if config.init:
             unnamed = unnamed.model_copy(update={"init": _digest(config.init)})
+        if Path(config.base).is_dir():
+            unnamed = unnamed.model_copy(update={"base": _weights_digest(config.base)})
         return self.folder / hashlib.sha256(f"{what}{origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
 
 
@@ -277,6 +281,16 @@ def _digest(folder: str) -> str:
         AdapterError: it cannot be read.
     """
     return read_adapter(Path(folder))[0].adapter.digest
+
+
+@cache
+def _weights_digest(folder: str) -> str:
+    """Of a base's weights and configuration."""
+    found = hashlib.sha256()
+    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.json")]):
+        with path.open("rb") as file:
+            found.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def _place_of(config: RunConfig) -> tuple[str, str]:
