@@ -249,7 +249,7 @@ def _draw(found: Sequence[Wide], path: Path) -> None:
         ratios.plot(widths, [wide.equal_steps for wide in found], color="#cc5500", linestyle="--", linewidth=1, label="equal first steps")
         ratios.plot(widths, [w / 2 / LORA["alpha"] for w in widths], color="#228833", linestyle=":", linewidth=1, label="width / (2 alpha)")
         ratios.axhline(CLAIMED, color="#999999", linewidth=0.8, label="10")
-        ratios.set(xscale="log", yscale="log", xlabel="width", ylabel="adapter's best rate over that of all weights")
+        ratios.set(xscale="log", yscale="log", xlabel="width", ylabel="ratio of best rates")
         ratios.set_xticks(widths, [str(w) for w in widths])
         ratios.minorticks_off()
         ratios.legend(frameon=False, fontsize=7)
