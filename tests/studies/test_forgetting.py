@@ -150,10 +150,10 @@ def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     here, began = lab(tmp_path), list[str | None]()
     measure = sharpening.measure_scorecard
 
-    async def seen(start: Policy, *rest: Any) -> Any:
+    async def seen(start: Policy, *rest: Any, **more: Any) -> Any:
         held = await start.engine.publish(start.adapter) if start.adapter else None
         began.append(held and held.digest)
-        return await measure(start, *rest)
+        return await measure(start, *rest, **more)
 
     monkeypatch.setattr(sharpening, "measure_scorecard", seen)
     result = asyncio.run(forgetting.conduct(here, Terms(2, 1)))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from training_helpers import ENV
 from veneer.engine import LoraEngine, load_base
 from veneer.envs import load_env
 from veneer.render import load_renderer
+from veneer.train import scorecard
 from veneer.train.config import ScorecardSettings
 from veneer.train.rollouts import Policy
-from veneer.train.scorecard import Measured, measure_scorecard
+from veneer.train.scorecard import Measured, Played, measure_scorecard
 from veneer.types import AdamParams, ConfigError, Datum, EnvDataset, LoraConfig, RunError, SamplingParams
 
 SMALL = ScorecardSettings(problems=6, tries=16)
@@ -81,6 +83,29 @@ def test_it_is_the_same_again_and_turned_around(base: Policy, moved: Policy) -> 
     assert there.divergence.forward == back.divergence.reverse
     assert (list(there.card.gained), list(there.card.lost)) == (list(back.card.lost), list(back.card.gained))
     assert there.divergence.forward["value"] > 0
+
+
+def test_a_start_that_is_known_is_not_played_again(base: Policy, moved: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And everything that is said of it is the same; a scorecard on other draws plays it."""
+    played: list[str | None] = []
+    play = scorecard.do_rollouts
+
+    def counted(policy: Policy, *rest: Any) -> Any:
+        played.append(policy.adapter)
+        return play(policy, *rest)
+
+    monkeypatch.setattr(scorecard, "do_rollouts", counted)
+    settings, known = ScorecardSettings(problems=4, tries=4, envs=("count",), elsewhere=6), {}
+
+    def once(seed: int, known: Played | None) -> Measured:
+        dataset = load_env("sort", {})
+        return asyncio.run(measure_scorecard(base, moved, dataset, settings, 0.5, seed, known=known))
+
+    plain, first, again = once(0, None), once(0, known), once(0, known)
+    assert replace(plain, seconds=0.0) == replace(first, seconds=0.0) == replace(again, seconds=0.0)
+    assert played == [None, "moved"] * 4 + ["moved"] * 2
+    once(1, known)
+    assert played[10:] == [None, "moved"] * 2
 
 
 def test_one_that_began_from_an_adapter_is_measured_from_the_base_too(base: Policy, moved: Policy) -> None:

@@ -14,7 +14,7 @@ from veneer.studies.contest import Terms, overridden
 from veneer.studies.lab import ADAPTER, Lab, Outcome
 from veneer.train.config import RunConfig, ScorecardSettings, make_config
 from veneer.train.rollouts import Policy, closing
-from veneer.train.scorecard import measure_scorecard
+from veneer.train.scorecard import Played, measure_scorecard
 from veneer.types import AdapterError, EnvDataset, SamplingParams
 
 SHARED: Mapping[str, Any] = {
@@ -45,9 +45,13 @@ async def scorecards(lab: Lab, outcomes: Sequence[Outcome], settings: ScorecardS
         Interrupted, VeneerError: as ``Lab.measured``.
     """
 
+    starts: dict[str, Played] = {}  # many runs of a study begin from one policy
+
     async def measure(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
         async with both(lab, outcome, config) as (start, end, dataset):
-            found = await measure_scorecard(start, end, dataset, settings, config.env.max_failed_share, config.seed)
+            known = starts.setdefault(f"{config.base} {config.init} {config.env.model_dump_json()} {start.params}", {})
+            limit = config.env.max_failed_share
+            found = await measure_scorecard(start, end, dataset, settings, limit, config.seed, known=known)
         return found.document()
 
     what = f"scorecard {settings.model_dump_json()}"

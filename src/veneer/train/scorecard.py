@@ -57,11 +57,23 @@ class Measured:
         return asdict(self)
 
 
+Played = dict[tuple[str, int, int, int], list[TrajectoryGroup]]
+"""What a policy did: by where, "" in the environment of the scorecard and otherwise a name, problems, tries and draws."""
+
+
 async def measure_scorecard(
-    start: Policy, end: Policy, dataset: EnvDataset, settings: ScorecardSettings, limit: float, seed: int, base: Policy | None = None
+    start: Policy,
+    end: Policy,
+    dataset: EnvDataset,
+    settings: ScorecardSettings,
+    limit: float,
+    seed: int,
+    base: Policy | None = None,
+    known: Played | None = None,
 ) -> Measured:
     """Play held-out problems with both. The same seed draws the same numbers for both, and other ones than evaluations do. ``base``: what
-    the end's divergence is also measured from, if it is not the start.
+    the end's divergence is also measured from, if it is not the start. ``known``: what the start did when others were measured beside it,
+    which is not played again; what it does now is added.
 
     ``limit``: the share of failed episodes above which nothing is said.
 
@@ -73,19 +85,22 @@ async def measure_scorecard(
     others = [load_env(name, {}) for name in settings.envs]  # a wrong name is told before anything is played
     draws = derive_seed("scorecard", seed)
 
-    async def both(dataset: EnvDataset, problems: int, tries: int) -> list[list[TrajectoryGroup]]:
+    async def both(dataset: EnvDataset, problems: int, tries: int, where: str) -> list[list[TrajectoryGroup]]:
         problems = min(problems, dataset.problem_count("eval")) if isinstance(dataset, Finite) else problems
-        found = [await do_rollouts(policy, dataset, "eval", range(problems), tries, draws) for policy in (start, end)]
+        played, key = {} if known is None else known, (where, problems, tries, draws)
+        if key not in played:
+            played[key] = await do_rollouts(start, dataset, "eval", range(problems), tries, draws)
+        found = [played[key], await do_rollouts(end, dataset, "eval", range(problems), tries, draws)]
         for groups in found:
             check_failures(groups, limit)
         return found
 
-    before, after = await both(dataset, settings.problems, settings.tries)
+    before, after = await both(dataset, settings.problems, settings.tries, "")
     episodes = 2 * sum(len(group.trajectories_G) for group in before)
     elsewhere: list[Elsewhere] = []
     for other in others:
         async with closing(other):
-            pair = await both(other, settings.elsewhere, 1)
+            pair = await both(other, settings.elsewhere, 1, other.name)
         episodes += 2 * len(pair[0])
         rewards = [[group.trajectories_G[0].reward for group in groups] for groups in pair]
         elsewhere.append(Elsewhere(other.name, compare_problems(*rewards)))
