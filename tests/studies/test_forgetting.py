@@ -64,6 +64,7 @@ def test_words() -> None:
         "yes",
     ]
     assert "at an accuracy of 0.80: by reward beside" in found[0].question
+    assert "; without the runs by demonstrations in another 0." in found[-1].numbers, "it rests on the way that loses most"
 
 
 def test_each_pair_is_compared_where_both_of_it_come() -> None:

@@ -87,11 +87,12 @@ SECTIONS: Sequence[Section] = (
             ),
             Sentence(
                 "It makes better specialists and worse generalists.",
-                {"crossover": "^pass@1:|^reward in"},
+                {"crossover": "^pass@1:|^reward in", "forgetting": "^reward elsewhere after .* by reward,"},
                 (
                     Prediction("crossover", "^pass@1:", "better"),
                     Prediction("crossover", "^reward in sort", "worse"),
                     Prediction("crossover", "^reward in count", "worse"),
+                    Prediction("forgetting", "^reward elsewhere after .* by reward,", "worse"),
                 ),
             ),
             Sentence(
