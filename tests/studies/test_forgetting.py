@@ -6,14 +6,14 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from test_lab import lab
 
 from veneer.studies import forgetting, sharpening
-from veneer.studies.contest import Arm, Terms
+from veneer.studies.contest import Arm, Sweep, Terms
 from veneer.studies.forgetting import LENGTHS, OTHER, OWN, REWARDED, RIGHT, Course, Point, _findings, at_accuracy, parabola, ways_of
 from veneer.studies.result import Finding
 from veneer.studies.worked import write_worked
@@ -27,8 +27,9 @@ def course(kl: float, lost: float, noise: float = 0.0) -> list[Point]:
     return [Point(10 * i, 0.2 * i + noise, kl * i / 4, lost * (i / 4) ** 2) for i in range(5)]
 
 
-def findings(paths: dict[str, list[Course]], **edges: str) -> list[Finding]:
-    return _findings(paths, {way: edges.get(way) for way in paths})
+def findings(paths: dict[str, list[Course]], **edges: Literal["lowest", "highest"]) -> list[Finding]:
+    """``edges``: of ways whose best learning rate is the last that was tried."""
+    return _findings(paths, {way: Sweep({}, edges.get(way), False) for way in paths})
 
 
 def test_equal_accuracies_are_interpolated_between_measured_lengths() -> None:
@@ -71,7 +72,7 @@ def test_each_pair_is_compared_where_both_of_it_come() -> None:
     """One way that gets nowhere does not have the others compared where they have hardly begun."""
     poor = [Point(5 * i, 0.1 * i, 2.0 * i, 0.0) for i in range(4)]
     paths = {REWARDED: [course(1.0, 0.1)] * 2, RIGHT: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [poor] * 2}
-    found = _findings(paths, {**dict.fromkeys(paths), OWN: "highest"})
+    found = findings(paths, **{OWN: "highest"})
     assert "at an accuracy of 0.80: by reward beside by demonstrations in its manner" in found[2].question
     assert "; by demonstrations in its manner at the highest learning rate tried" in found[2].numbers
     assert "at an accuracy of 0.30: by reward beside by demonstrations in another" in found[4].question

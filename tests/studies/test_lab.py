@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from processes import SLOW_ENV, until
+from veneer.assets import NANO_FOLDER
 from veneer.engine import FullEngine, LoraEngine, load_base
 from veneer.render import load_renderer
 from veneer.store.adapters import read_adapter
@@ -87,6 +89,18 @@ def test_a_run_begins_from_the_adapter_that_it_names(tmp_path: Path) -> None:
     assert [parent["digest"] for parent in parents] == [read_adapter(moved)[0].adapter.digest]
     with pytest.raises(ConfigError, match=r"init: the adapter in .* has the shape .*rank=1.*, and the run is to have .*rank=2"):
         asyncio.run(here.run([small(init=inits[0], lora={"rank": 2})]))
+
+
+def test_a_base_is_known_by_its_weights(tmp_path: Path) -> None:
+    """A folder that was moved is the same base; one with a number changed is another."""
+    bases = [tmp_path / name for name in ("here", "moved", "changed")]
+    for base in bases:
+        shutil.copytree(NANO_FOLDER, base)
+    weights = load_file(bases[-1] / "model.safetensors")
+    weights[min(weights)].flat[0] += 1
+    save_file(weights, bases[-1] / "model.safetensors", metadata={"format": "pt"})
+    here, moved, changed = asyncio.run(lab(tmp_path).run([small(base=str(base)) for base in bases]))
+    assert here.folder == moved.folder != changed.folder
 
 
 def test_runs_that_differ_differ(together: list[Outcome]) -> None:

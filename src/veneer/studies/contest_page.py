@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ def contest_result(contest: Contest, question: str, more: Sequence[Finding] = ()
         Finding(
             question.format(arm=entrant.arm.name, reference=against),
             entrant.comparison.verdict,
-            f"{entrant.comparison}{_edges(contest.reference, entrant)}",
+            f"{entrant.comparison}{tell_edges({one.arm.name: one.sweep for one in (contest.reference, entrant)})}",
         )
         for entrant in contest.entrants
         if entrant.comparison is not None
@@ -37,9 +37,9 @@ def contest_result(contest: Contest, question: str, more: Sequence[Finding] = ()
     return Result([*findings, *more, floor], _tables(contest), _document(contest), lambda path: _draw(contest, path))
 
 
-def _edges(*entrants: Entrant) -> str:
-    """Of those whose best learning rate is the last that was tried: a better one may lie beyond."""
-    return "".join(f"; {e.arm.name} at the {e.sweep.edge} learning rate tried" for e in entrants if e.sweep.edge)
+def tell_edges(sweeps: Mapping[str, Sweep]) -> str:
+    """Of those whose best learning rate is the last that was tried, by arm: a better one may lie beyond."""
+    return "".join(f"; {name} at the {sweep.edge} learning rate tried" for name, sweep in sweeps.items() if sweep.edge)
 
 
 def _beyond_noise(noise: Comparison) -> str:

@@ -1,11 +1,11 @@
 """What does a policy forget that learns something new? One that was taught to sort learns longer sums, in four ways.
 
-They are reward, imitation of its own right answers, and demonstrations in two manners. RL's Razor finds that forgetting follows the KL
-divergence from the first policy to the trained one on the new task, by a parabola, whatever the method; and that reinforcement learning
-forgets less than supervised training because it reaches the same accuracy nearer to where it began (https://arxiv.org/abs/2509.04259). Who
-knows little forgets little: the bundled base half knows the other tasks, and learning sums makes it better at them (the study of the
-crossover). So it is taught first, by reward, to sort digits, and every run begins from the one adapter that comes of it: intervals are over
-what seeds do behind that, not over what else it might have been taught.
+Sums are learned by reward, by imitation of its own right answers, and by demonstrations in two manners. RL's Razor finds that forgetting
+follows the KL divergence from the first policy to the trained one on the new task, by a parabola, whatever the method; and that
+reinforcement learning forgets less than supervised training because it reaches the same accuracy nearer to where it began
+(https://arxiv.org/abs/2509.04259). Who knows little forgets little: the bundled base half knows the other tasks, and learning sums makes it
+better at them (the study of the crossover). So it is taught first, by reward, to sort digits, and every run begins from the one adapter
+that comes of it: intervals are over what seeds do behind that, not over what else it might have been taught.
 
 Its own right answers are sampled once, before anything is learned. Demonstrations are right to the last step, either in the manner that it
 has itself, from the first number on, or from the last one on, which it has never seen. Each way runs at its best learning rate, by the
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.studies.contest import CHOICE, Arm, Sweep, Terms, config_of, overridden, sweep_all, thinned
-from veneer.studies.contest_page import tell_sweep
+from veneer.studies.contest_page import tell_edges, tell_sweep
 from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, Lab
 from veneer.studies.result import Finding, Result
@@ -118,7 +118,7 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
     for way in ways:
         paths[way.name] = [_path([(steps, next(at)) for steps in LENGTHS[way.name]]) for _ in range(terms.seeds)]
     swept = {way.name: sweep for way, sweep in zip(ways, sweeps, strict=True)}
-    findings = [_beginning(cards), *_findings(paths, {name: sweep.edge for name, sweep in swept.items()})]
+    findings = [_beginning(cards), *_findings(paths, swept)]
     document = {"ways": _document(paths), "learning_rates": {name: sweep.means for name, sweep in swept.items()}}
     return Result(findings, f"{_tables(paths)}\n{_rates(swept)}", document, lambda path: _draw(paths, path))
 
@@ -195,8 +195,8 @@ def _start(card: Mapping[str, Any], env: str) -> float:
     return next(other["reward"]["start"]["value"] for other in card["elsewhere"] if other["env"] == env)
 
 
-def _findings(paths: Mapping[str, Sequence[Course]], edges: Mapping[str, str | None]) -> list[Finding]:
-    findings = [finding for way in (RIGHT, OWN, OTHER) for finding in _beside(paths, way, edges)]
+def _findings(paths: Mapping[str, Sequence[Course]], swept: Mapping[str, Sweep]) -> list[Finding]:
+    findings = [finding for way in (RIGHT, OWN, OTHER) for finding in _beside(paths, way, swept)]
     for way, found in paths.items():
         ends = [path[-1].lost for path in found]
         lost = compare_seeds(ends, [0.0] * len(ends), LOST_MARGIN)
@@ -205,12 +205,12 @@ def _findings(paths: Mapping[str, Sequence[Course]], edges: Mapping[str, str | N
     return [*findings, _follows(paths)]
 
 
-def _beside(paths: Mapping[str, Sequence[Course]], way: str, edges: Mapping[str, str | None]) -> Iterator[Finding]:
+def _beside(paths: Mapping[str, Sequence[Course]], way: str, swept: Mapping[str, Sweep]) -> Iterator[Finding]:
     """Reward and another way where both have learned as much."""
     pair = {one: paths[one] for one in (REWARDED, way)}
     level, start = common_accuracy(pair), _highest_start(pair)
     at = "where both have learned as much" if level is None else f"at an accuracy of {level:.2f}"
-    edge = "".join(f"; {one} at the {edges[one]} learning rate tried" for one in pair if edges.get(one))
+    edge = tell_edges({one: swept[one] for one in pair})
     for name, key, margin in (("KL from where it began", "kl", KL_MARGIN), ("reward lost elsewhere", "lost", LOST_MARGIN)):
         asked = f"{name} {at}: {REWARDED} beside {way}"
         reached = [[None if level is None else at_accuracy(path, level) for path in found] for found in pair.values()]

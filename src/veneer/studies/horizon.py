@@ -19,7 +19,7 @@ from veneer.studies.contest import Arm, Sweep, Terms, overridden, peak, sweep_al
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.lab import Lab, Outcome
-from veneer.studies.result import Finding, Result
+from veneer.studies.result import Finding, Result, ratio_of
 
 QUESTION = "Is the best learning rate of an adapter further above that of full fine-tuning in short runs than in long ones?"
 CLAIMS = (10,)
@@ -83,15 +83,15 @@ def horizon_result(arms: Mapping[str, Losses]) -> Result:
     findings = []
     for n, ratio in ratios.items():
         told = t_interval(ratio)
-        numbers = f"{2**told.value:.1f} [{2**told.low:.1f}, {2**told.high:.1f}]{_edge(arms, n)}"
+        numbers = f"{ratio_of(list(ratio))}{_edge(arms, n)}"
         findings.append(Finding(f"best learning rate of rank 16 over that of full, after {n} steps", f"{2**told.value:.1f}", numbers))
-    found, told = compare_seeds(ratios[shortest], ratios[longest], MARGIN), t_interval(ratios[shortest] - ratios[longest])
+    found, logs = compare_seeds(ratios[shortest], ratios[longest], MARGIN), list(ratios[shortest] - ratios[longest])
     asked = f"that ratio after {shortest} steps, over that after {longest}"
     findings.append(
         Finding(
             asked,
             found.said("larger", "smaller"),
-            f"{2**told.value:.2f} [{2**told.low:.2f}, {2**told.high:.2f}], margin a factor of {2**MARGIN:.2g}{found.wanted}",
+            f"{ratio_of(logs, '.2f')}, margin a factor of {2**MARGIN:.2g}{found.wanted}",
         )
     )
     document = {
@@ -119,9 +119,9 @@ def _tables(arms: Mapping[str, Losses]) -> str:
     lines = ["| arm | steps | best learning rate | loss at each, rising |", "|---|---|---|---|"]
     for arm, by_length in arms.items():
         for n, by_rate in by_length.items():
-            told = t_interval(np.log2(best_rates(by_rate)))
+            best = ratio_of(list(np.log2(best_rates(by_rate))), ".3g")
             losses = ", ".join(f"{rate:.3g} {sum(values) / len(values):.3f}" for rate, values in by_rate.items())
-            lines.append(f"| {arm} | {n} | {2**told.value:.3g} [{2**told.low:.3g}, {2**told.high:.3g}] | {losses} |")
+            lines.append(f"| {arm} | {n} | {best} | {losses} |")
     return "\n".join([*lines, "", "Held-out losses in nats a token, means over seeds; best rates with 95% intervals."]) + "\n"
 
 

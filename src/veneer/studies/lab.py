@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from veneer.assets import NANO
 from veneer.envs import load_env
 from veneer.render import Renderer
 from veneer.store.adapters import read_adapter, write_adapter
@@ -241,7 +242,7 @@ class Lab:
             unnamed = unnamed.model_copy(update={"sft": config.sft.model_copy(update={"data": rows})})
         if config.init:
             unnamed = unnamed.model_copy(update={"init": _digest(config.init)})
-        if Path(config.base).is_dir():
+        if config.base != NANO and Path(config.base).is_dir():
             unnamed = unnamed.model_copy(update={"base": _weights_digest(config.base)})
         return self.folder / hashlib.sha256(f"{what}{origin()}\n{unnamed.to_toml()}".encode()).hexdigest()[:16]
 

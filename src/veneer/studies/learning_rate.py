@@ -20,7 +20,7 @@ from veneer.studies.contest import Arm, Sweep, Terms, overridden, peak, sweep_al
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.lab import Lab
-from veneer.studies.result import Finding, Result
+from veneer.studies.result import Finding, Result, ratio_of
 
 QUESTION = "Does the best learning rate depend on the rank, and is it ten times that of full fine-tuning?"
 CLAIMS = (7, 8, 9)
@@ -92,8 +92,8 @@ def _power(question: str, powers: Sequence[float], claimed: float) -> Finding:
 
 
 def _ratio(logs: Sequence[float]) -> Finding:
-    found, told = compare_seeds(logs, [math.log2(10)] * len(logs), RATIO_MARGIN), t_interval(logs)
-    numbers = f"{2**told.value:.1f} [{2**told.low:.1f}, {2**told.high:.1f}], margin a factor of 2{found.wanted}"
+    found = compare_seeds(logs, [math.log2(10)] * len(logs), RATIO_MARGIN)
+    numbers = f"{ratio_of(logs)}, margin a factor of 2{found.wanted}"
     return Finding(
         f"{FIXED}: the best rate is 10 times that of full fine-tuning (mean over ranks 4 to 64)", found.said("higher", "lower"), numbers
     )
@@ -112,8 +112,7 @@ def _one(sweep: Sweep) -> dict[str, Any]:
 def _tables(by_rule: Mapping[str, Mapping[int, Sweep]], full: Sweep) -> str:
     lines = ["| arm | best learning rate | loss there | loss at the others, rising | diverged |", "|---|---|---|---|---|"]
     for name, sweep in [*((f"{rule}, rank {rank}", s) for rule, sweeps in by_rule.items() for rank, s in sweeps.items()), ("full", full)]:
-        logs = t_interval(np.log2(best_rates(sweep)))
-        best = f"{2**logs.value:.3g} [{2**logs.low:.3g}, {2**logs.high:.3g}]" + (f", {sweep.edge} tried" if sweep.edge else "")
+        best = ratio_of(list(np.log2(best_rates(sweep))), ".3g") + (f", {sweep.edge} tried" if sweep.edge else "")
         means = {rate: -mean for rate, mean in sweep.means.items()}
         others = ", ".join(f"{rate:.3g} {mean:.3f}" for rate, mean in means.items() if rate != sweep.best)
         lost = sum(outcome.diverged is not None for outcomes in sweep.tried.values() for outcome in outcomes)

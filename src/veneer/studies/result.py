@@ -27,6 +27,12 @@ def interval_of(values: Sequence[float]) -> str:
     return f"{mean.value:.3g} [{mean.low:.3g}, {mean.high:.3g}]"
 
 
+def ratio_of(logs: Sequence[float], form: str = ".1f") -> str:
+    """The geometric mean over seeds with its 95% interval, from logarithms to base 2."""
+    mean = t_interval(logs)
+    return f"{2**mean.value:{form}} [{2**mean.low:{form}}, {2**mean.high:{form}}]"
+
+
 @dataclass(frozen=True)
 class Result:
     findings: Sequence[Finding]

@@ -30,12 +30,12 @@ from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.store.adapters import read_adapter
 from veneer.store.files import new_folder
 from veneer.studies.contest import Arm, Sweep, Terms, overridden, sweep_all, thinned
-from veneer.studies.contest_page import COLOURS
+from veneer.studies.contest_page import COLOURS, tell_edges
 from veneer.studies.demonstrations import write_demonstrations, write_rows
 from veneer.studies.drawing import across_learning_rates, picture
 from veneer.studies.lab import ADAPTER, Lab, Outcome, origin
 from veneer.studies.learning_rate import FULL_RATES, LORA_RATES, best_rates
-from veneer.studies.result import Finding, Result
+from veneer.studies.result import Finding, Result, ratio_of
 from veneer.train.config import RunConfig, make_config
 from veneer.types import ConfigError, LoraConfig, RunError
 
@@ -166,31 +166,21 @@ def powers(found: Sequence[Wide]) -> list[float]:
 
 
 def _findings(found: Sequence[Wide]) -> list[Finding]:
-    told = t_interval(powers(found))
-    edges = "".join(f"; {_edge(wide)}" for wide in found if _edge(wide))
+    told, arm = t_interval(powers(found)), f"the best rate of rank {LORA['rank']} over that of all weights"
     findings = []
     for asked, claimed in (("does not depend on the width (power 0)", 0.0), ("grows as the width (power 1)", 1.0)):
         beside = compare_seeds(powers(found), [claimed] * len(powers(found)), POWER_MARGIN)
-        numbers = f"{told.value:+.2f} [{told.low:+.2f}, {told.high:+.2f}], margin {POWER_MARGIN:g}{beside.wanted}{edges}"
-        findings.append(
-            Finding(f"the best rate of rank {LORA['rank']} over that of all weights {asked}", beside.said("more", "less"), numbers)
-        )
+        numbers = f"{told.value:+.2f} [{told.low:+.2f}, {told.high:+.2f}], margin {POWER_MARGIN:g}{beside.wanted}"
+        findings.append(Finding(f"{arm} {asked}", beside.said("more", "less"), f"{numbers}{''.join(map(_edges, found))}"))
     for wide in found:
-        ratio, beside = t_interval(wide.logs), compare_seeds(wide.logs, [math.log2(CLAIMED)] * len(wide.logs), RATIO_MARGIN)
-        numbers = f"{2**ratio.value:.1f} [{2**ratio.low:.1f}, {2**ratio.high:.1f}], margin a factor of 2{beside.wanted}"
-        edge = f"; {_edge(wide)}" if _edge(wide) else ""
-        findings.append(
-            Finding(f"{wide.width} wide: it is 10 times that of all weights", beside.said("higher", "lower"), f"{numbers}{edge}")
-        )
+        beside = compare_seeds(wide.logs, [math.log2(CLAIMED)] * len(wide.logs), RATIO_MARGIN)
+        numbers = f"{ratio_of(wide.logs)}, margin a factor of 2{beside.wanted}{_edges(wide)}"
+        findings.append(Finding(f"{wide.width} wide: it is 10 times that of all weights", beside.said("higher", "lower"), numbers))
     return findings
 
 
-def _edge(wide: Wide) -> str:
-    """What was best at the last rate that was tried."""
-    at = [
-        f"{name} at the {sweep.edge} learning rate tried" for name, sweep in (("adapter", wide.adapter), ("full", wide.full)) if sweep.edge
-    ]
-    return f"{wide.width} wide: {', '.join(at)}" if at else ""
+def _edges(wide: Wide) -> str:
+    return tell_edges({f"the adapter, {wide.width} wide,": wide.adapter, f"all weights, {wide.width} wide,": wide.full})
 
 
 def _tables(found: Sequence[Wide]) -> str:
@@ -199,8 +189,8 @@ def _tables(found: Sequence[Wide]) -> str:
         "|---" * 7 + "|",
     ]
     for wide in found:
-        rates = [t_interval(np.log2(best_rates(sweep))) for sweep in (wide.adapter, wide.full)]
-        cells = [f"{2**one.value:.3g} [{2**one.low:.3g}, {2**one.high:.3g}]" for one in (*rates, t_interval(wide.logs))]
+        rates = [list(np.log2(best_rates(sweep))) for sweep in (wide.adapter, wide.full)]
+        cells = [ratio_of(logs, ".3g") for logs in (*rates, wide.logs)]
         theories = f"{wide.equal_steps:.1f} | {wide.width / 2 / LORA['alpha']:.1f}"
         lines.append(f"| {wide.width} | {wide.learned:.3f} | {' | '.join(cells)} | {theories} |")
     lines += [
