@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator
@@ -200,6 +201,26 @@ def test_what_it_writes_is_cleared_away(mischief: Apart, tmp_path: Path, monkeyp
     assert not (tmp_path / "litter.txt").exists()
     mischief.close()
     assert not folder.exists()
+
+
+def test_questions_that_come_at_once_start_in_one_folder(mischief: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each made its own, and of two one was dropped, from under a process that was about to start in it."""
+
+    class Slow(tempfile.TemporaryDirectory):
+        def __init__(self, **named: Any) -> None:
+            time.sleep(0.1)
+            super().__init__(**named)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Slow)
+    several = Apart("mischief", processes=4)
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(several.ask(1, do="litter") for _ in range(4)))
+
+    try:
+        assert len(set(asyncio.run(ask()))) == 1
+    finally:
+        several.close()
 
 
 def test_a_module_that_is_not_there_is_no_wrong_answer() -> None:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -52,6 +53,7 @@ class Apart:
         self.module, self.memory = module, memory
         self._alive = set[_Process]()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._one_scratch = threading.Lock()
         self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(processes):
             self._free.put(None)
@@ -93,8 +95,9 @@ class Apart:
 
     def _folder(self) -> str:
         """Where the processes are, because some tasks write files where they are."""
-        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="veneer-apart-", ignore_cleanup_errors=True)
-        return self._scratch.name
+        with self._one_scratch:  # of two that are made at once one is dropped, and its folder with it, under a process that starts there
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="veneer-apart-", ignore_cleanup_errors=True)
+            return self._scratch.name
 
     def close(self) -> None:
         """End all processes; what they are asked right now is not answered. Another question starts new ones."""
@@ -107,7 +110,8 @@ class Apart:
                     self._alive.discard(process)
                     process.end()
                 self._free.put(None)
-        scratch, self._scratch = self._scratch, None
+        with self._one_scratch:
+            scratch, self._scratch = self._scratch, None
         if scratch is not None:
             scratch.cleanup()
 
