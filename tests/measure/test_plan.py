@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_saturation() -> None:
         ("sft", 300, 8, 10),
         ("sft", 100, 8, 15),
         ("sft", 20, 8, 15),
-        ("sft", 300, 1, 5),
+        ("sft", 300, 1, 10),
     ],
 )
 def test_rate_from_full(kind: size.TaskKind, steps: int, rank: int, ratio: float) -> None:
@@ -220,7 +221,7 @@ def test_narrow_models_want_less_than_ten_times() -> None:
     assert shares[1] == pytest.approx(2 * shares[0])
     assert rate.ratio_to_full("rl", 80, 8, SQUARE)[0] == pytest.approx(math.sqrt(3) * 100 / 32)
     assert rate.ratio_to_full("rl", 80, 1, SQUARE)[0] == pytest.approx(math.sqrt(3) * 100 / 64)
-    assert rate.ratio_to_full("sft", 20, 8, SQUARE)[0] == pytest.approx(math.sqrt(3) * 100 / 32)
+    assert rate.ratio_to_full("sft", 20, 8, SQUARE)[0] == rate.ratio_to_full("sft", 500, 1, SQUARE)[0] < math.sqrt(3) * 100 / 32
     experts = LinearMap("e", "expert", 100, 50, copies=8, active=2)
     assert rate.first_step_ratio([experts]) == pytest.approx(math.sqrt(3) * 100 / 32)
 
@@ -234,6 +235,39 @@ def test_planned_rates_are_the_swept_ones() -> None:
         ):
             assert planned.value is not None
             assert max(planned.value / swept, swept / planned.value) <= 1.5
+
+
+STUDIES = Path(__file__).parents[2] / "docs/studies"
+
+
+def rows_of(study: str, heading: str) -> list[list[str]]:
+    """The cells of that table of a study's page."""
+    lines = (STUDIES / f"{study}.md").read_text().partition(heading)[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def first_number(cell: str) -> float:
+    return float(cell.split()[0])
+
+
+def test_planned_supervised_rates_are_the_swept_ones() -> None:
+    """On the three bases that the rule for narrow models was fitted to, and on nano, which it was not: four ranks in one study, three
+    lengths in another."""
+    nano = count_shape("nano").maps[:-1]
+    for width, _, adapter, full, *_ in rows_of("width", "| width | loss when pretrained "):
+        maps = [replace(m, d_in=m.d_in * int(width) // 128, d_out=m.d_out * int(width) // 128) for m in nano]
+        assert_near(rate_from_full(first_number(full), "sft", 150, 8, maps), first_number(adapter))
+    swept = {row[0]: first_number(row[1]) for row in rows_of("learning_rate", "| arm | best learning rate ")}
+    for rank in (1, 4, 16, 64):
+        assert_near(rate_from_full(swept["full"], "sft", 60, rank, nano), swept[f"alpha 32, rank {rank}"])
+    lengths = {(row[0], int(row[1])): first_number(row[2]) for row in rows_of("horizon", "| arm | steps | best learning rate ")}
+    for steps in (30, 120, 480):
+        assert_near(rate_from_full(lengths["full", steps], "sft", steps, 16, nano), lengths["rank 16", steps])
+
+
+def assert_near(planned: Figure, swept: float) -> None:
+    assert planned.value is not None
+    assert max(planned.value / swept, swept / planned.value) <= 1.5, (planned.value, swept)
 
 
 def test_rates_where_nothing_is_known() -> None:

@@ -17,6 +17,9 @@ RATIO_RANGE = 2.0
 """A factor to either side."""
 FAMILIES = {"llama": 0.781, "qwen": 0.0775}
 """Powers of 2000 / hidden size, in the cookbook's fit."""
+NARROW = (0.96, 0.66)
+"""Factor and power of ``first_step_ratio`` that the ratios of supervised training follow: 2.5, 3.9 and 6.3 where it is 4.3, 8.7 and 17.3,
+64, 128 and 256 wide (docs/studies/width.md). They come to ten in a model 520 wide."""
 MEASURED = {"nano": 1.5e-3}
 """Rates at rank 4 to 32 that were swept here (docs/studies/rank.md)."""
 
@@ -33,20 +36,23 @@ def first_step_ratio(maps: Sequence[LinearMap]) -> float:
 
 
 def ratio_to_full(kind: TaskKind, steps: int | None, rank: int, maps: Sequence[LinearMap]) -> tuple[float, str]:
-    """How many times the learning rate of full fine-tuning, and why: what was found in models at least 1024 wide, and no more than what
-    makes the first steps equal, which in narrow models is less."""
+    """How many times the learning rate of full fine-tuning, and why: what was found in models at least 1024 wide, and in narrow ones less.
+    By reward no more than what makes the first steps equal, and half at rank 1; of supervised training no more than was found in three
+    widths, at rank 1 too."""
     ratio, why = RATIO, "10 x (9.8 in a fit over 14 models; alpha 32, Adam)"
     if kind == "sft" and steps is not None and steps < LONG:
         place = min(1.0, max(0.0, (LONG - steps) / (LONG - SHORT)))
         ratio = RATIO * (SHORT_RATIO / RATIO) ** place
         why = f"{ratio:.3g} x: 15 up to {SHORT} steps, 10 from {LONG} on, as B starts at zero"
     equal = first_step_ratio(maps)
-    if equal < ratio:
-        ratio, why = (
-            equal,
-            f"{equal:.3g} x: sqrt(3) x mean input width / alpha, with which first steps are equal; {ratio:.3g} in wide models",
-        )
-    if rank == 1:
+    if kind == "sft":
+        factor, power = NARROW
+        narrow, rule = factor * equal**power, f"{factor:g} (sqrt(3) x mean input width / alpha)^{power:g}, as found in three narrow widths"
+    else:
+        narrow, rule = equal, "sqrt(3) x mean input width / alpha, with which first steps are equal"
+    if narrow < ratio:
+        ratio, why = narrow, f"{narrow:.3g} x: {rule}; {ratio:.3g} in wide models"
+    if kind == "rl" and rank == 1:
         return ratio / 2, f"{why}, half of it at rank 1"
     return ratio, why
 
@@ -56,17 +62,16 @@ def rate_from_full(full_rate: float, kind: TaskKind, steps: int | None, rank: in
     ratio, why = ratio_to_full(kind, steps, rank, maps)
     value = full_rate * ratio
     rewarded = "docs/studies/rank.md: 10 [5, 20] at ranks 4 and 32, 5 [2.5, 10] at rank 1 after 40 steps by reward"
-    supervised = "docs/studies/learning_rate.md: 3.1 [1.5, 6.7] after 60 supervised steps"
-    source = f"{TML}, section on learning rates; {rewarded}; {supervised}; docs/plan.md: two widths"
-    note = (
-        "10 was found, not derived, and the bound for narrow models derived and checked at two widths. Try a third and three times as much"
-    )
+    supervised = "docs/studies/width.md: 2.5, 3.9 and 6.3 at 64, 128 and 256; learning_rate.md: 3.1 [1.5, 6.7], rank 1 like the others"
+    source = f"{TML}, section on learning rates; {rewarded if kind == 'rl' else supervised}; docs/plan.md: two widths"
+    found = "derived and checked at two widths" if kind == "rl" else "fitted to three widths and checked on another base"
+    note = f"10 was found, not derived, and the bound for narrow models {found}. Try a third and three times as much"
     return Figure("learning rate", value, "", f"full rate {full_rate:g} x {why}", source, value / RATIO_RANGE, value * RATIO_RANGE, note)
 
 
 def rate_from_nothing(name: str, architecture: str, hidden: int, kind: TaskKind, rank: int) -> Figure:
     """Where no rate of full fine-tuning is known: a guess with a wide range, and what it rests on."""
-    half = 2.0 if rank == 1 else 1.0
+    half = 2.0 if rank == 1 and kind == "rl" else 1.0
     swept = "sweep it, or give --full-lr"
     if kind == "rl" and name in MEASURED:
         value = MEASURED[name] / half
@@ -83,7 +88,7 @@ def rate_from_nothing(name: str, architecture: str, hidden: int, kind: TaskKind,
     if power is None:
         note = f"no fit covers {architecture}: {swept}"
         return Figure("learning rate", None, "", "5e-4 (2000 / hidden)^p", "Llama and Qwen alone were fitted", note=note)
-    value = 5e-4 * (2000 / hidden) ** power / half
+    value = 5e-4 * (2000 / hidden) ** power
     source = f"tinker-cookbook, hyperparam_utils.py, as of {TML}; Tulu 3, 780 steps of 128"
     note = f"checked there from width 1024 to 8192: {swept}"
     return Figure("learning rate", value, "", f"5e-4 (2000 / {hidden})^{power:g}", source, value / 3, value * 3, note)
