@@ -33,6 +33,11 @@ def trained(veneer: Veneer, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_a_run_brings_its_measures(trained: tuple[Path, Result]) -> None:
     home, done = trained
     summary = done.document
+    steps = sum(
+        line["episodes"] for line in map(json.loads, (home / "runs/small/metrics.jsonl").read_text().splitlines()) if "episodes" in line
+    )
+    assert f"scorecard behind the last step: 56 episodes, beside {steps:,} of the steps" in done.err.splitlines()[0]
+    assert summary["scorecard"]["episodes"] == 56
     card = summary["scorecard"]["card"]
     assert (card["problems"], card["tries"], list(card["pass_at_k"])) == (3, 8, ["1", "2", "4"])
     assert [other["env"] for other in summary["scorecard"]["elsewhere"]] == ["count"]
@@ -83,6 +88,14 @@ def test_mistakes_cost_one_line(veneer: Veneer, trained: tuple[Path, Result], ar
     assert done.code == 2, done.err
     assert words in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_a_wrong_environment_is_refused_before_the_run(veneer: Veneer, home: Path, tmp_path: Path) -> None:
+    """It was told when all was trained."""
+    done = veneer(home, "train", small_run(tmp_path), "--set=scorecard.problems=2", '--set=scorecard.envs=["sorrt"]')
+    assert done.code == 2
+    assert done.err.strip() == "veneer: scorecard.envs: no environment 'sorrt'; did you mean 'sort'?"
+    assert not (home / "runs").exists()
 
 
 def test_one_problem_is_refused_before_the_run(veneer: Veneer, home: Path, tmp_path: Path) -> None:

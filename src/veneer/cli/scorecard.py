@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def command(
     from veneer.cli.assemble import home_of, pinned, start_for
     from veneer.train.config import ScorecardSettings
     from veneer.train.rollouts import Policy, closing
-    from veneer.train.scorecard import Measured, measure_scorecard
+    from veneer.train.scorecard import Measured, check_others, measure_scorecard
     from veneer.types import ConfigError, SamplingParams
 
     adapter = pinned(adapter)
@@ -62,8 +63,10 @@ def command(
         raise ConfigError(f"adapter {adapter!r} was trained in no environment; give --env")
     dataset = home.dataset()
     settings = ScorecardSettings(problems=problems, tries=tries, envs=elsewhere, elsewhere=elsewhere_problems)
+    asyncio.run(check_others(elsewhere, "--elsewhere"))
     machine, name = start_for(adapter, base, threads, device)
     before = None if started is None else machine.load(pinned(started))
+    print(f"playing {settings.episodes:,} episodes", file=sys.stderr, flush=True)
 
     def policy(acting: str | None) -> Policy:
         params = SamplingParams(max_tokens=home.max_tokens)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from veneer.cli.output import emit, format_rate, json_option, progress
+
+if TYPE_CHECKING:
+    from veneer.train.config import RunConfig
 
 
 @click.command("train", short_help="Train an adapter as a TOML file says, or go on with an interrupted run.")
@@ -26,11 +29,15 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from veneer.train.pipeline import load_stages
 
     stages = load_stages(file, overrides)
+    configs = [stage.config for stage in stages] or [load_config(file, overrides)]
+    for config in configs:
+        _check_scorecard(config)
     if stages:
         from veneer.cli.assemble import execute_stages
 
         def watch(number: int, config: Any) -> Any:
             print(f"stage {number}: {config.name} ({config.kind})", file=sys.stderr)
+            _tell_scorecard(config)
             return progress(config.total_steps)
 
         summaries = execute_stages(stages, watch)
@@ -41,12 +48,32 @@ def command(file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
         emit({"stages": summaries}, as_json, human_stages)
         return
-    config = load_config(file, overrides)
     from veneer.cli.assemble import execute
 
-    with progress(config.total_steps) as on_step:
-        summary, _, _ = execute(config, on_step)
+    _tell_scorecard(configs[0])
+    with progress(configs[0].total_steps) as on_step:
+        summary, _, _ = execute(configs[0], on_step)
     emit(summary, as_json, lambda: _show(summary))
+
+
+def _check_scorecard(config: RunConfig) -> None:
+    """It comes behind the last step, when a mistake in it would cost the run."""
+    import asyncio
+
+    from veneer.train.scorecard import check_others
+
+    if config.scorecard.problems:
+        asyncio.run(check_others(config.scorecard.envs, "scorecard.envs"))
+
+
+def _tell_scorecard(config: RunConfig) -> None:
+    """What one will cost, while it can still be left out."""
+    if not config.scorecard.problems:
+        return
+    beside = ""
+    if config.kind == "rl":
+        beside = f", beside {config.rl.steps * config.rl.groups_per_batch * config.rl.group_size:,} of the steps"
+    print(f"scorecard behind the last step: {config.scorecard.episodes:,} episodes{beside}", file=sys.stderr, flush=True)
 
 
 def _show(summary: Mapping[str, Any]) -> None:

@@ -47,13 +47,14 @@ MEMBERS: dict[str, Callable[[], list[str]]] = {
 """Every ID of a family that can list them."""
 
 
-def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
+def load_env(name: str, args: Mapping[str, Any] | None = None, *, key: str = "env.name") -> EnvDataset:
     """A dataset of problems by name, ``family:id`` for one of another library's, or ``path/to/file.py:factory`` for the user's own.
+    ``key``: where the user wrote it, for what is said of mistakes.
 
     Raises:
         ConfigError: no such environment, file or argument.
     """
-    factory = from_file(name, "env.name") if ".py:" in name else _built_in(name)
+    factory = from_file(name, key) if ".py:" in name else _built_in(name, key)
     try:
         inspect.signature(factory).bind(**(args or {}))
     except TypeError as error:
@@ -63,13 +64,13 @@ def load_env(name: str, args: Mapping[str, Any] | None = None) -> EnvDataset:
     except RequestError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        raise ConfigError(f"env.name: {name} raised {in_one_line(error)}") from error
+        raise ConfigError(f"{key}: {name} raised {in_one_line(error)}") from error
     if not isinstance(getattr(dataset, "name", None), str) or not callable(getattr(dataset, "env", None)):
-        raise ConfigError(f"env.name: {name} must return an object with a name and a method env(split, index), not {dataset!r:.80}")
+        raise ConfigError(f"{key}: {name} must return an object with a name and a method env(split, index), not {dataset!r:.80}")
     return dataset
 
 
-def _built_in(name: str) -> Factory:
+def _built_in(name: str, key: str) -> Factory:
     family, colon, identity = name.partition(":")
     if colon and family in FAMILIES:
         return functools.partial(FAMILIES[family], identity)
@@ -78,4 +79,4 @@ def _built_in(name: str) -> Factory:
     known = [*ENVIRONMENTS, *(f"{family}:ID" for family in FAMILIES)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}, or FILE.py:FACTORY"
-    raise ConfigError(f"env.name: no environment {name!r}; {hint}")
+    raise ConfigError(f"{key}: no environment {name!r}; {hint}")

@@ -82,7 +82,7 @@ async def measure_scorecard(
         ConfigError: one of ``settings.envs`` is no environment.
     """
     clock = time.perf_counter()
-    others = [load_env(name, {}) for name in settings.envs]  # a wrong name is told before anything is played
+    others = [load_env(name, {}) for name in settings.envs]
     draws = derive_seed("scorecard", seed)
 
     async def both(dataset: EnvDataset, problems: int, tries: int, where: str) -> list[list[TrajectoryGroup]]:
@@ -113,6 +113,17 @@ async def measure_scorecard(
         episodes += sum(len(group.trajectories_G) for group in first)
         from_base = Divergence(await _divergence(end, first), await _divergence(base, after))
     return Measured(card, divergence, from_base, elsewhere, episodes, round(time.perf_counter() - clock, 1))
+
+
+async def check_others(names: Sequence[str], key: str) -> None:
+    """Whether a scorecard could play these, before anything is trained or played.
+
+    Raises:
+        ConfigError: one is no environment. ``key``: where the user wrote it.
+    """
+    for name in names:
+        async with closing(load_env(name, {}, key=key)):
+            pass
 
 
 def _tries(group: TrajectoryGroup) -> Tries:
