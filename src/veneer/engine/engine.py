@@ -148,9 +148,9 @@ class LocalEngine:
             raise AdapterError(f"there is no adapter {name!r}; loaded are: {', '.join(self._slots) or 'none'}")
         return self._slots[name]
 
-    def _describe(self, name: str, row: torch.Tensor) -> Adapter:
+    def _describe(self, name: str, weights: Mapping[str, np.ndarray]) -> Adapter:
         slot = self._slot(name)
-        return Adapter(name, slot.version, digest_adapter(self._arrays(slot.slot, row), slot.config), self.base_id, self.base_digest)
+        return Adapter(name, slot.version, digest_adapter(weights, slot.config), self.base_id, self.base_digest)
 
     # ------------------------------------------------ passes
 
@@ -291,7 +291,8 @@ class LocalEngine:
         slot = self._slot(name)
         self._stack.rows.publish(slot.slot)
         before = slot.published
-        slot.published = self._describe(name, self._stack.rows.published(slot.slot))  # of what will be sampled, not of what was meant
+        sampled = self._stack.rows.published(slot.slot)  # what will be, not what was meant
+        slot.published = self._describe(name, self._arrays(slot.slot, sampled))
         self._drop_prefixes(before)
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
@@ -307,8 +308,8 @@ class LocalEngine:
             optimizer = {f"m.{key}": array for key, array in self._arrays(slot.slot, state.m).items()}
             optimizer |= {f"v.{key}": array for key, array in self._arrays(slot.slot, state.v).items()}
             optimizer["step"] = np.array(state.steps)
-        row = rows.training(slot.slot)
-        return Checkpoint(kind, self._describe(name, row), slot.config, self._arrays(slot.slot, row), optimizer)
+        weights = self._arrays(slot.slot, rows.training(slot.slot))
+        return Checkpoint(kind, self._describe(name, weights), slot.config, weights, optimizer)
 
     def _arrays(self, slot: int, row: torch.Tensor) -> dict[str, np.ndarray]:
         return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, row).items()}
@@ -321,7 +322,7 @@ class LocalEngine:
             made_for = f"{checkpoint.adapter.base_id!r} ({checkpoint.adapter.base_digest[:12]})"
             here = f"{self.base_id!r} ({self.base_digest[:12]})"
             raise AdapterError(f"adapter {checkpoint.adapter.name!r} was made for base {made_for}; this one is {here}")
-        slot = self._stack.create(checkpoint.config)
+        slot = self._stack.claim(checkpoint.config)
         try:
             self._fill(slot, checkpoint)
         except AdapterError:

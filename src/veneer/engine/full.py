@@ -41,12 +41,17 @@ class FullStack:
         return False
 
     def create(self, config: LoraConfig | None) -> int:
-        if config is not None:
-            raise AdapterError("this engine trains full copies of the weights and was asked for a low-rank adapter; give None")
-        slot = self.rows.claim(self.size)
+        """A copy of the base in a slot of its own. Returns the slot."""
+        slot = self.claim(config)
         for name, view in self._views(self.rows.published(slot)).items():
             view.copy_(self.base.model.get_parameter(name))
         return slot
+
+    def claim(self, config: LoraConfig | None) -> int:
+        """A slot for a copy, all zeros."""
+        if config is not None:
+            raise AdapterError("this engine trains full copies of the weights and was asked for a low-rank adapter; give None")
+        return self.rows.claim(self.size)
 
     def remove(self, slot: int) -> None:
         self.rows.release(slot)

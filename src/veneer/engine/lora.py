@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -46,7 +46,8 @@ def match_targets(base: Base, config: LoraConfig) -> list[str]:
         AdapterError: a pattern matches nothing, the rank does not fit, or a target cannot be adapted.
     """
     linears = linear_modules(base)
-    head = [name for name, m in linears.items() if m is base.head]
+    head_map = base.head
+    head = [name for name, m in linears.items() if m is head_map]
     attention = [name for name in linears if "attn" in name or "attention" in name]
     mlp = [name for name in linears if name not in head and name not in attention]
     if config.target_modules:
@@ -112,6 +113,7 @@ class LoraStack:
         self.thin: ThinAdapters | None = None
         if compiled.runs_on(next(base.model.parameters())):
             self.thin = ThinAdapters(self.products, {name: linear.out_features for name, linear in self.linears.items()})
+        self._matched: dict[LoraConfig, list[str]] = {}
         self._kept_parts: dict[tuple[int, int], dict[str, Part]] = {}
         self._stackable: dict[tuple[int | None, ...], bool] = {}
         self._lane = threading.local()
@@ -138,10 +140,19 @@ class LoraStack:
 
     def create(self, config: LoraConfig | None) -> int:
         """A fresh adapter in a slot of its own: A uniform in +-1/sqrt(d_in), B zero. Returns the slot."""
+        slot = self.claim(config)
+        generator = torch.Generator().manual_seed(self.configs[slot].seed % 2**63)
+        for name, (a, _) in self.views(slot, self.rows.published(slot)).items():
+            bound = 1 / math.sqrt(self.linears[name].in_features)
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+        return slot
+
+    def claim(self, config: LoraConfig | None) -> int:
+        """A slot for an adapter of this shape, all zeros."""
         if config is None:
             raise AdapterError("this engine trains low-rank adapters and was asked for a full copy; give a LoraConfig")
         layout: dict[str, tuple[int, int]] = {}
-        names = match_targets(self.base, config)
+        names = self._targets(replace(config, seed=0, target_modules=tuple(config.target_modules)))
         targets = [self.linears[name] for name in names]
         at_a, at_b = 0, config.rank * sum(linear.in_features for linear in targets)
         for name, linear in zip(names, targets, strict=True):  # all As, then all Bs: those of joined maps lie together
@@ -154,11 +165,13 @@ class LoraStack:
         self.configs[slot], self.layouts[slot] = config, layout
         if self.thin is not None:
             self.thin.put(slot, config, layout, self.rows.begin(slot))
-        generator = torch.Generator().manual_seed(config.seed % 2**63)
-        for name, (a, _) in self.views(slot, self.rows.published(slot)).items():
-            bound = 1 / math.sqrt(self.linears[name].in_features)
-            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
         return slot
+
+    def _targets(self, shape: LoraConfig) -> list[str]:
+        """As ``match_targets``: a server loads one shape again and again, and walking the model takes a third of that."""
+        if shape not in self._matched:
+            self._matched[shape] = match_targets(self.base, shape)
+        return self._matched[shape]
 
     def _products_of(self, names: Collection[str], rank: int) -> Iterator[tuple[int, int]]:
         """Of every product that an adapter of these linear maps takes part in: its input's width, and the adapter's ranks there."""

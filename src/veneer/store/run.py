@@ -141,7 +141,7 @@ def other_seeds(runs: Path, config_toml: str) -> Iterator[tuple[int, dict[str, A
                 yield theirs["seed"], json.loads(path.read_text())
                 seen.add(theirs["seed"])
         except (OSError, ValueError, KeyError):
-            continue
+            continue  # damaged, or of another version: this run loses nothing by it
 
 
 def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
