@@ -32,7 +32,7 @@ from engine_tools import (
 from test_guards import dead_end_engine, sampled
 
 from tiny_models import random_model
-from veneer.engine.rows import Rows
+from veneer.engine.rows import AT_ONCE, Rows
 from veneer.types import AdamParams, AttestationError, Datum, LoraConfig, RequestError, RunError
 
 X = LoraConfig(rank=4, alpha=8)
@@ -263,6 +263,26 @@ def test_one_batch_of_eight_is_eight_batches_of_one() -> None:
     assert total.metrics["loss:sum"] == pytest.approx(sum(losses), rel=1e-6, abs=1e-5)
     for key, gradient in gradients(apart, "x").items():
         assert relative_error(gradients(together, "x")[key], gradient) < 2e-6, key
+
+
+@pytest.mark.parametrize("size", [40, 30_000, 100_000])
+def test_rows_are_stepped_together_or_one_by_one_to_the_same_bits(size: int) -> None:
+    """How many share a product of numbers is a matter of time alone."""
+    settings = [AdamParams(learning_rate=10.0**-i, weight_decay=0.1 * i, grad_clip_norm=i % 2) for i in range(5)]
+
+    def stepped(at_once: int) -> list[torch.Tensor]:
+        rows, draw = Rows(torch.device("cpu")), torch.Generator().manual_seed(0)
+        slots = [rows.claim(size) for _ in settings]
+        for _ in range(3):
+            for slot in slots:
+                rows.open(slot).grad.normal_(generator=draw)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(AT_ONCE, "cpu", at_once)
+                rows.adam(slots, settings)
+        return [part for slot in slots for part in (rows.open(slot).weights, rows.open(slot).m, rows.open(slot).v)]
+
+    ours, one_by_one, together = stepped(AT_ONCE["cpu"]), stepped(1), stepped(2**30)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(ours, one_by_one, together, strict=True))
 
 
 def test_micro_batches_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import threading
 import time
 import warnings
@@ -352,9 +353,14 @@ def test_many_rounds_leave_nothing_behind() -> None:
     assert len(engine._stack._kept_parts) < 10
 
 
+def lanes_but(others: set[threading.Thread]) -> set[threading.Thread]:
+    """Of engines that others do not belong to."""
+    return {thread for thread in threading.enumerate() if thread.name == "veneer-lane"} - others
+
+
 def test_rounds_of_sampling_and_training_start_no_new_threads() -> None:
     """Sampling may use two threads where training passes use one each: a thread left over from every change would pile up for days."""
-    before = torch.get_num_threads()
+    before, others = torch.get_num_threads(), lanes_but(set())
     torch.set_num_threads(2)
     try:
         engine = LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=60)
@@ -363,9 +369,28 @@ def test_rounds_of_sampling_and_training_start_no_new_threads() -> None:
         for _ in range(4):
             engine.sample(prompt(5), "a", FREE).result()
             engine.forward_backward("a", [datum(9), datum(7)], "cross_entropy").result()
-            counts.append(sum(thread.name == "veneer-lane" for thread in threading.enumerate()))
+            counts.append(len(lanes_but(others)))
         assert counts[0] > 0
         assert len(set(counts)) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_engine_that_is_gone_leaves_no_threads() -> None:
+    """A laboratory opens one for every base and kind of weights, a hundred times in an evening."""
+    before, others = torch.get_num_threads(), lanes_but(set())
+    try:
+        engine = LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=60, threads=2)
+        engine.create_adapter("a", LoraConfig(rank=2))
+        engine.sample(prompt(5), "a", FREE).result()
+        engine.forward_backward("a", [datum(9), datum(7)], "cross_entropy").result()
+        lanes = lanes_but(others)
+        assert lanes
+        del engine
+        gc.collect()
+        for lane in lanes:
+            lane.join(10)
+        assert not any(lane.is_alive() for lane in lanes)
     finally:
         torch.set_num_threads(before)
 
@@ -398,16 +423,16 @@ def test_only_the_lanes_share_their_products() -> None:
 
 def test_engines_side_by_side_share_their_threads() -> None:
     """A server of two bases has the helpers of one."""
-    before = torch.get_num_threads()
+    before, others = torch.get_num_threads(), lanes_but(set())
     torch.set_num_threads(1)
     try:
         first = LoraEngine(Base("qwen3", random_model("qwen3"), None), patience=60, threads=2)
         first.sample(prompt(5), None, FREE).result()
-        lanes = sum(thread.name == "veneer-lane" for thread in threading.enumerate())
+        lanes = lanes_but(others)
         second = LoraEngine(Base("llama", random_model("llama"), None), beside=first)
         second.create_adapter("a", LoraConfig(rank=2))
         second.sample(prompt(5), "a", FREE).result()
-        assert sum(thread.name == "veneer-lane" for thread in threading.enumerate()) == lanes
+        assert lanes_but(others) == lanes
         alone = LoraEngine(Base("llama", random_model("llama"), None)).sample(prompt(5), None, FREE).result()
         assert np.array_equal(second.sample(prompt(5), None, FREE).result()[0].tokens, alone[0].tokens)
     finally:

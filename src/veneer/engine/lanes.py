@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from queue import SimpleQueue
@@ -19,33 +20,37 @@ class Stuck(RunError):
     """A pass that did not return in time. Its thread is left to itself; what it may still write to is no longer read."""
 
 
+Jobs = SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
+
+
 class Lane:
-    """One thread that runs a job at a time, with ``threads`` threads for each matrix product."""
+    """One thread that runs a job at a time, with ``threads`` threads for each matrix product. It ends when nobody has the lane any more."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._jobs: Jobs = SimpleQueue()
         before, ready = torch.get_num_threads(), threading.Event()
-        threading.Thread(target=self._work, args=(ready,), daemon=True, name="veneer-lane").start()
+        threading.Thread(target=_work, args=(self._jobs, threads, ready), daemon=True, name="veneer-lane").start()
         ready.wait()
         torch.set_num_threads(before)  # a thread that computes for the first time takes what was set last, by whichever thread
-
-    def _work(self, ready: threading.Event) -> None:
-        torch.get_num_threads()  # so that this is not the first time
-        torch.set_num_threads(self.threads)
-        ready.set()
-        while True:
-            job, future = self._jobs.get()
-            try:
-                future.set_result(job())
-            except BaseException as error:
-                future.set_exception(error)
-            del job, future  # what the job held must not outlive it
+        weakref.finalize(self, self._jobs.put, None).atexit = False
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._jobs.put((job, future))
         return future
+
+
+def _work(jobs: Jobs, threads: int, ready: threading.Event) -> None:
+    torch.get_num_threads()  # so that this is not the first time
+    torch.set_num_threads(threads)
+    ready.set()
+    while (asked := jobs.get()) is not None:
+        job, future = asked
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+        del asked, job, future  # what the job held must not outlive it
 
 
 class Lanes(Generic[T]):
