@@ -25,7 +25,7 @@ def digest_arrays(named: Mapping[str, NDArray[Any]]) -> str:
     for name in sorted(named):
         array = np.asarray(named[name], order="C")
         sha.update(f"{name} {_name_of(array.dtype)} {array.shape}".encode())
-        sha.update(array.tobytes())
+        sha.update(array.reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
 
 

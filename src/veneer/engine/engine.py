@@ -292,7 +292,7 @@ class LocalEngine:
         self._stack.rows.publish(slot.slot)
         before = slot.published
         sampled = self._stack.rows.published(slot.slot)  # what will be, not what was meant
-        slot.published = self._describe(name, self._arrays(slot.slot, sampled))
+        slot.published = self._describe(name, self._arrays(slot.slot, sampled, copied=False))
         self._drop_prefixes(before)
         slot.digests[slot.published.version] = slot.published.digest
         return slot.published
@@ -311,8 +311,10 @@ class LocalEngine:
         weights = self._arrays(slot.slot, rows.training(slot.slot))
         return Checkpoint(kind, self._describe(name, weights), slot.config, weights, optimizer)
 
-    def _arrays(self, slot: int, row: torch.Tensor) -> dict[str, np.ndarray]:
-        return {key: t.detach().cpu().numpy().copy(order="C") for key, t in self._stack.named(slot, row).items()}
+    def _arrays(self, slot: int, row: torch.Tensor, *, copied: bool = True) -> dict[str, np.ndarray]:
+        """``copied``: to be kept; otherwise they may change with the row."""
+        arrays = {key: t.detach().cpu().numpy() for key, t in self._stack.named(slot, row).items()}
+        return {key: array.copy(order="C") for key, array in arrays.items()} if copied else arrays
 
     def load_state(self, adapter: str, checkpoint: Checkpoint) -> EngineFuture[None]:
         return self._enqueue_barrier(adapter, lambda: self._load_state(adapter, checkpoint), changes_samples=True)
