@@ -4,7 +4,6 @@ it, with its cause; and a run without any goes through."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,25 +125,12 @@ def test_a_true_run_goes_through(client: Client) -> None:
     assert effects[1] > 0.01
 
 
-def test_a_process_that_died_before_it_had_a_record(tmp_path: Path) -> None:
-    """The client has been told of its session, and goes on with it: weights that are those of its digest, and have some effect."""
-    with hosted(tmp_path / "home") as server:
-        client = Client(server).create().step().save()
-        (manifest,) = (server.home / "server/tinker/snapshots").glob("*/veneer.json")
-        until(lambda: json.loads(manifest.read_text())["canary"] is not None)
-    written = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**written, "canary": None}))
-    with hosted(tmp_path / "home") as again:
-        client.server = again
-        client.sample()
-
-
 def test_an_adapter_that_is_not_shipped(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """B1. What is saved for sampling are the weights that the run began with."""
     engine = engine_of(client)
     rows, arrays = engine._stack.rows, engine._arrays
     client.create().step()
-    monkeypatch.setattr(engine, "_arrays", lambda slot, row: arrays(slot, rows.published(slot)))
+    monkeypatch.setattr(engine, "_arrays", lambda slot, row, **kept: arrays(slot, rows.published(slot), **kept))
     client.save()
     with pytest.raises(Failed, match=r"has no effect here: it changed the canary's log-probabilities by up to .* where it was saved"):
         client.sample()

@@ -14,7 +14,7 @@ from veneer.engine import LocalEngine, LoraEngine
 from veneer.server import worker as working
 from veneer.server.shelf import Shelf
 from veneer.server.worker import Worker
-from veneer.types import AdapterError, AttestationError, Canary, Checkpoint, LoraConfig, RunError, SamplingParams
+from veneer.types import AdapterError, AttestationError, Checkpoint, LoraConfig, SamplingParams
 
 ONE = LoraConfig(rank=1, train_unembed=False)
 PROMPT = np.arange(1, 6)
@@ -42,22 +42,6 @@ def on_a_shelf(work: Callable[[Shelf, list[Checkpoint]], Coroutine[Any, Any, Non
 
 def digest(checkpoint: Checkpoint) -> str:
     return checkpoint.adapter.digest
-
-
-def record_of(checkpoint: Checkpoint) -> Canary:
-    return Canary((1, 2), (-1.0,), (-2.0,), digest(checkpoint), checkpoint.adapter.base_digest, "float32")
-
-
-def recorded(checkpoint: Checkpoint, error: Exception | None = None) -> asyncio.Task[Canary]:
-    """Later than the adapter is loaded."""
-
-    async def record() -> Canary:
-        await asyncio.sleep(0.05)
-        if error is not None:
-            raise error
-        return record_of(checkpoint)
-
-    return asyncio.create_task(record())
 
 
 def size(checkpoint: Checkpoint) -> int:
@@ -167,30 +151,25 @@ def test_what_was_brought_is_there_and_proven_when_asked_for() -> None:
         proofs = []
 
         async def prove(name: str, checkpoint: Checkpoint) -> None:
-            proofs.append((name, checkpoint.canary))
+            proofs.append(name)
 
         shelf.prove = prove
-        shelf.bring(digest(made[0]), lambda: made[0], recorded(made[0]))
+        shelf.bring(digest(made[0]), lambda: made[0])
 
         def never() -> Checkpoint:
             raise AssertionError("it was read twice")
 
         async with shelf.hold(digest(made[0]), never):
-            assert proofs == [(digest(made[0]), record_of(made[0]))]
+            assert proofs == [digest(made[0])]
 
         def broken() -> Checkpoint:
             raise AdapterError("the folder is damaged")
 
-        shelf.bring(digest(made[1]), broken, recorded(made[1]))
+        shelf.bring(digest(made[1]), broken)
         while digest(made[1]) in shelf:
             await asyncio.sleep(0.01)
         with pytest.raises(AdapterError, match="the folder is damaged"):
             await shelf.hold(digest(made[1]), broken).__aenter__()
-
-        shelf.bring(digest(made[2]), lambda: made[2], recorded(made[2], RunError("the row could not be read")))
-        with pytest.raises(RunError, match="the row could not be read"):
-            await shelf.hold(digest(made[2]), never).__aenter__()
-        assert digest(made[2]) not in shelf
 
     on_a_shelf(work)
 

@@ -7,13 +7,12 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
 
-from veneer.measure.canary import ask_sampled, ask_trained, base_row, canary_tokens, check_effect, make_canary, row_of
+from veneer.measure.canary import ask_sampled, base_row, canary_tokens, check_effect, row_of, with_canary
 from veneer.render import Renderer
 from veneer.server.errors import NotFound
 from veneer.server.shelf import Shelf
-from veneer.types import Adapter, Canary, Checkpoint, Engine, Floats, ForwardBackwardOutput, Tokens
+from veneer.types import Checkpoint, Engine, Floats, Tokens
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,9 @@ class Served:
         """As they were at the first record: whatever changes the base later shows at the next check."""
         return base_row(self.engine, self._canary)
 
-    async def save(self, name: str, kind: Literal["training", "sampler"]) -> tuple[Checkpoint, asyncio.Task[Canary]]:
-        """The training weights of ``name`` as they are, and a record of what these do, which takes longer: it is in the engine's queue
-        before whatever may change them next."""
-        saved = self.shelf.worker.ask(self.engine, lambda: self.engine.save_state(name, kind))
-        asked = self._ask_row(name)
-        try:
-            checkpoint = await saved
-        except BaseException:
-            asked.cancel()
-            raise
-        record = asyncio.create_task(self._canary_of(checkpoint.adapter, asked))
-        record.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen; whoever waits for it is told
-        return checkpoint, record
-
-    async def record(self, name: str, adapter: Adapter) -> Canary:
-        """What the training weights of ``name`` do now, as a record of ``adapter``."""
-        return await self._canary_of(adapter, self._ask_row(name))
-
-    def _ask_row(self, name: str) -> asyncio.Future[tuple[Floats, ForwardBackwardOutput]]:
-        worker = self.shelf.worker
-        base = worker.run(lambda: self._base_logprobs)
-        return asyncio.gather(base, worker.ask(self.engine, partial(ask_trained, self.engine, name, self._canary)))
-
-    async def _canary_of(self, adapter: Adapter, asked: asyncio.Future[tuple[Floats, ForwardBackwardOutput]]) -> Canary:
-        base, trained = await asked
-        return make_canary(self._canary, base, trained.logprobs_D[0], adapter, self.engine.dtype)
+    def record(self, name: str, checkpoint: Checkpoint) -> Checkpoint:
+        """With what the training weights of ``name`` do now. On the engines' thread."""
+        return with_canary(self.engine, name, checkpoint, self._canary, self._base_logprobs)
 
     async def check(self, name: str, checkpoint: Checkpoint) -> None:
         """Whether ``name`` does what its checkpoint recorded. The engine draws it among whatever else it is drawing.

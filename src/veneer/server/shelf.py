@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from veneer.server.worker import Worker
-from veneer.types import Canary, Checkpoint, Engine
+from veneer.types import Checkpoint, Engine
 
 MOST = 1024
 """Adapters in memory that nobody is using; beyond it the least recently used leaves."""
@@ -26,8 +26,6 @@ class _Place:
     """Begins when somebody asks for the adapter."""
     checkpoint: Checkpoint | None = None
     """Until it is proven."""
-    record: asyncio.Task[Canary] | None = None
-    """Of what it does, if that is not known yet."""
     size: int = 0
     users: int = 0
     leaving: bool = False
@@ -90,15 +88,14 @@ class Shelf:
             place.users -= 1
             self._make_room()
 
-    def bring(self, digest: str, read: Callable[[], Checkpoint], record: asyncio.Task[Canary]) -> None:
-        """Load an adapter that somebody will ask for soon; ``record`` is of what it does, and may take longer. If that fails it is not
-        there, and whoever asks for it is told why."""
+    def bring(self, digest: str, read: Callable[[], Checkpoint]) -> None:
+        """Load an adapter that somebody will ask for soon. If that fails it is not there, and whoever asks for it is told why."""
         if digest in self._places:
             self._places.move_to_end(digest)
         else:
-            self._begin(digest, read, record).loaded.add_done_callback(lambda _: self._make_room())
+            self._begin(digest, read).loaded.add_done_callback(lambda _: self._make_room())
 
-    def _begin(self, digest: str, read: Callable[[], Checkpoint], record: asyncio.Task[Canary] | None = None) -> _Place:
+    def _begin(self, digest: str, read: Callable[[], Checkpoint]) -> _Place:
         async def loading() -> None:
             try:
                 await self._load(place, digest, read)
@@ -107,7 +104,7 @@ class Shelf:
                     del self._places[digest]
                 raise
 
-        place = self._places[digest] = _Place(asyncio.create_task(loading()), record=record)
+        place = self._places[digest] = _Place(asyncio.create_task(loading()))
         place.loaded.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())  # seen
         return place
 
@@ -115,8 +112,7 @@ class Shelf:
         checkpoint = await asyncio.to_thread(read)
         place.size = FLOAT32 * sum(array.size for array in checkpoint.weights.values())
         await self.worker.ask(self.engine, lambda: self.engine.load_state(digest, checkpoint))
-        known = checkpoint.canary is not None or place.record is not None
-        place.checkpoint = dataclasses.replace(checkpoint, weights={}, optimizer={}) if known else checkpoint
+        place.checkpoint = checkpoint if checkpoint.canary is None else dataclasses.replace(checkpoint, weights={}, optimizer={})
 
     async def _prove(self, place: _Place, digest: str) -> None:
         await asyncio.shield(place.loaded)
@@ -124,8 +120,6 @@ class Shelf:
         if self.prove is None or checkpoint is None:
             return
         try:
-            if place.record is not None:
-                checkpoint = dataclasses.replace(checkpoint, canary=await asyncio.shield(place.record))
             await self.prove(digest, checkpoint)
         except BaseException:
             if self._places.get(digest) is place:

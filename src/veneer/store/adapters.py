@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from veneer.digest import digest_adapter, digest_arrays
-from veneer.store.files import new_folder, write_text
+from veneer.store.files import new_folder
 from veneer.store.signature import check_signature
 from veneer.types import Adapter, AdapterError, Canary, Checkpoint, LoraConfig, in_one_line
 
@@ -91,12 +91,6 @@ def read_adapter(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
     if not same:
         raise AdapterError(f"{folder} is damaged: r, lora_alpha or {ALORA} in {CONFIG} is not that of {MANIFEST}; {ANOTHER}")
     return Checkpoint(manifest["kind"], adapter, config, weights, optimizer, canary), manifest
-
-
-def add_canary(folder: Path, canary: Canary) -> None:
-    """To what ``write_adapter`` wrote without one, and nobody has signed."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    write_text(folder / MANIFEST, json.dumps({**manifest, "canary": dataclasses.asdict(canary)}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

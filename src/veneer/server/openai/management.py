@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -213,7 +212,7 @@ class Management:
             checkpoint, facts, signed = await asyncio.to_thread(self._read, folder, name, served)
             async with served.shelf.hold(checkpoint.adapter.digest, lambda: checkpoint) as loaded:  # it fits, or says why not
                 if checkpoint.canary is None:
-                    checkpoint = replace(checkpoint, canary=await served.record(loaded, checkpoint.adapter))
+                    checkpoint = await served.shelf.worker.run(partial(served.record, loaded, checkpoint))
                 await asyncio.to_thread(self._put, name, checkpoint, facts, signed)
             self.catalogue.unloaded.discard(name)
         return f"Success: LoRA adapter '{name}' added successfully."

@@ -225,8 +225,8 @@ class Run:
 
     async def _saved(self, kind: Literal["training", "sampler"]) -> Checkpoint:
         """The weights as they are, with a record of what they do."""
-        checkpoint, record = await self.served.save(self.row.id, kind)
-        return dataclasses.replace(checkpoint, canary=await record)
+        name, served = self.row.id, self.served
+        return await served.shelf.worker.run(lambda: served.record(name, served.engine.save_state(name, kind).result()))
 
     async def _drop_gradient(self) -> None:
         self._spoilt = None
@@ -243,11 +243,13 @@ class Run:
         body = requests.parse(requests.SaveWeightsForSampler, promise.body)
         if body.path is not None:
             self.checkpoints.check(self.row.id, "sampler_weights", body.path, body.ttl_seconds, overwrite=False)
-            checkpoint, kind = await self._saved("sampler"), "sampler_weights"
+        checkpoint = await self._saved("sampler")
+        if body.path is not None:
+            kind = "sampler_weights"
             path = await self.checkpoints.save(self.row, kind, body.path, checkpoint, body.ttl_seconds, body.user_metadata)
             self.promises.resolve(promise, {"path": path, "type": "save_weights_for_sampler"})
             return
-        sampler = await self.sampling.from_run(self.row, *await self.served.save(self.row.id, "sampler"), promise, body)
+        sampler = await self.sampling.from_run(self.row, checkpoint, promise, body)
         self.promises.resolve(promise, {"path": None, "sampling_session_id": sampler, "type": "save_weights_for_sampler"})
 
     async def _save_external(self, promise: Promise) -> None:

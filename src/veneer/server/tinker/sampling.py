@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from contextlib import AsyncExitStack
@@ -19,10 +18,9 @@ from veneer.server.tinker import requests, wire
 from veneer.server.tinker.checkpoints import Checkpoints
 from veneer.server.tinker.promises import Promise, Promises
 from veneer.server.tinker.state import RunRow, SamplerRow, put, row_of
-from veneer.store.adapters import add_canary, read_adapter, write_adapter
-from veneer.types import AttestationError, Canary, Checkpoint, DataError, RequestError, SamplingParams
+from veneer.store.adapters import read_adapter, write_adapter
+from veneer.types import AttestationError, Checkpoint, DataError, RequestError, SamplingParams
 
-LOG = logging.getLogger("veneer.server")
 CLONE = 1_000_000_000
 """Sequence numbers of a cloned client begin at a multiple of this."""
 POLL = 0.05
@@ -36,7 +34,6 @@ class Sampling:
         self.journal, self.promises, self.bases, self.checkpoints, self.folder = journal, promises, bases, checkpoints, folder
         self.samplers: dict[str, SamplerRow] = {row["id"]: row_of(SamplerRow, row) for row in journal.read("SELECT * FROM samplers")}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._keeping: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------ sessions
 
@@ -62,12 +59,8 @@ class Sampling:
         self.samplers[sampler_id] = sampler
         return sampler_id
 
-    async def from_run(
-        self, run: RunRow, checkpoint: Checkpoint, record: asyncio.Task[Canary], promise: Promise, body: requests.SaveWeightsForSampler
-    ) -> str:
-        """A session on a run's weights as they are now. Those in flight share the weights of their run's newest save of that kind.
-        ``record``: of what the weights do, which nobody waits for but who is answered with them. A process that is killed before it is
-        there finds the weights without it, and can tell then only that they are those and have some effect."""
+    async def from_run(self, run: RunRow, checkpoint: Checkpoint, promise: Promise, body: requests.SaveWeightsForSampler) -> str:
+        """A session on a run's weights as they are now. Those in flight share the weights of their run's newest save of that kind."""
         digest, session = checkpoint.adapter.digest, run.session_id
         folder = self.folder / digest
         seq = body.sampling_session_seq_id
@@ -81,10 +74,7 @@ class Sampling:
             await written
         else:
             await asyncio.gather(written, asyncio.to_thread(write_adapter, folder, checkpoint, {}, durable=False))
-            keeping = asyncio.create_task(_keep(record, folder))
-            self._keeping.add(keeping)
-            keeping.add_done_callback(self._keeping.discard)
-        self.bases.find(run.base).shelf.bring(digest, lambda: _read(str(folder), digest), record)
+        self.bases.find(run.base).shelf.bring(digest, lambda: _read(str(folder), digest))
         self.samplers[sampler_id] = sampler
         return sampler_id
 
@@ -171,14 +161,6 @@ class Sampling:
         tokens = None if stop is None else () if isinstance(stop, str) else tuple(s for s in stop if isinstance(s, int))
         limit = max(room, 1) if wanted.max_tokens is None else wanted.max_tokens
         return SamplingParams(limit, wanted.temperature, max(wanted.top_k, 0), wanted.top_p, texts, tokens, seed)
-
-
-async def _keep(record: asyncio.Task[Canary], folder: Path) -> None:
-    """Write a record beside its weights."""
-    try:
-        await asyncio.to_thread(add_canary, folder, await asyncio.shield(record))
-    except Exception:
-        LOG.exception("what the weights in %s do was not recorded", folder)
 
 
 def _read(folder: str, digest: str) -> Checkpoint:
