@@ -33,7 +33,6 @@ from veneer.studies.drawing import picture
 from veneer.studies.lab import ADAPTER, Lab, Outcome
 from veneer.studies.result import Finding, Result, joined
 from veneer.train.config import RunConfig
-from veneer.train.sft import load_rows
 
 QUESTION = "Where does a thin adapter fall behind, when there is much to remember?"
 CLAIMS = ()
@@ -138,7 +137,7 @@ class Memories:
     async def _examine(self, outcome: Outcome, config: RunConfig) -> dict[str, float]:
         """Bits that all answers cost the base and what was trained, and their tokens."""
         place = self.lab.place(config)
-        rows, _ = load_rows(Path(config.sft.data), place.renderer, 0.0, place.engine.context_length)
+        rows, _ = place.rows(config)
         data = [datum for row in rows for datum in row]
         checkpoint, _ = read_adapter(outcome.folder / ADAPTER)
         await place.engine.load_state(REMEMBERED, checkpoint)

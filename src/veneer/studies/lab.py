@@ -44,6 +44,18 @@ class Place:
 
     engine: Engine
     renderer: Renderer
+    _rows: dict[tuple[str, float, str], sft.Rows] = field(default_factory=dict)
+
+    def rows(self, config: RunConfig) -> sft.Rows:
+        """What a run of demonstrations reads: rendered once for all that read the same.
+
+        Raises:
+            DataError: the file is missing or a line is wrong.
+        """
+        key = config.sft.data, config.sft.held_out, config.sft.train_on
+        if key not in self._rows:
+            self._rows[key] = sft.rows_of(config, self.renderer, self.engine.context_length)
+        return self._rows[key]
 
 
 @dataclass(frozen=True)
@@ -215,9 +227,10 @@ class Lab:
         init = _first(config)
         run = Run(folder, config.to_toml())
         session = Session(place.engine, place.renderer, config, run, init, stop=self.stop)
+        await asyncio.sleep(0)  # sessions use the engine as they begin, and what begins together is to stay in step: passes are merged
         try:
             try:
-                await _train(session)
+                await _train(session, place)
             except DivergedError as error:
                 diverged = str(error)
             weights = await place.engine.save_state(session.adapter, "sampler")
@@ -298,12 +311,12 @@ def _place_of(config: RunConfig) -> tuple[str, str]:
     return config.base, config.weights
 
 
-async def _train(session: Session) -> None:
+async def _train(session: Session, place: Place) -> None:
     config = session.config
     if config.kind in PLAYED:
         async with closing(load_env(config.env.name, config.env.args)) as dataset:
             await PLAYED[config.kind](session, dataset)
     elif config.kind == "sft":
-        await sft.train(session)
+        await sft.train(session, place.rows(config))
     else:
         raise ConfigError(f"kind = {config.kind!r}: a study's runs are rl, rejection or sft")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.render import Renderer
+from veneer.train.config import RunConfig
 from veneer.train.datums import weighed
 from veneer.train.rows import TrainOn, answer_data, batch_indices, conversation, read_rows
 from veneer.train.session import Metrics, Session
@@ -31,8 +32,12 @@ class SftResult:
     held_out_rows: int
 
 
-async def train(session: Session) -> SftResult:
-    """Run or go on with a run until its last step.
+Rows = tuple[list[list[Datum]], list[list[Datum]]]
+"""The datums of every conversation, to train on and held out."""
+
+
+async def train(session: Session, rows: Rows | None = None) -> SftResult:
+    """Run or go on with a run until its last step. ``rows``: what ``rows_of`` gives, where many runs share it.
 
     Raises:
         DataError: the data file is missing or a line is wrong.
@@ -40,7 +45,7 @@ async def train(session: Session) -> SftResult:
         Interrupted: the user asked to stop; the state is saved.
     """
     engine, sft = session.engine, session.config.sft
-    rows, held_out = load_rows(Path(sft.data), session.renderer, sft.held_out, engine.context_length, sft.train_on)
+    trained, held_out = rows or rows_of(session.config, session.renderer, engine.context_length)
     adam = AdamParams(sft.learning_rate, beta1=0.9, beta2=0.95, grad_clip_norm=sft.grad_clip_norm)
     first = await session.resume()
     published = await engine.publish(session.adapter)
@@ -49,7 +54,7 @@ async def train(session: Session) -> SftResult:
         await session.record(metrics, {}, last=sft.steps == 0)
     for step in range(max(first, 1), sft.steps + 1):
         clock = time.perf_counter()
-        batch = [datum for i in batch_indices(len(rows), sft.batch_size, step, session.config.seed) for datum in rows[i]]
+        batch = [datum for i in batch_indices(len(trained), sft.batch_size, step, session.config.seed) for datum in trained[i]]
         tokens = sum(float(d.mask.sum()) for d in batch)
         passed = engine.forward_backward(session.adapter, [weighed(d, 1 / tokens) for d in batch], "cross_entropy")
         stepped = engine.optim_step(session.adapter, adam)
@@ -60,7 +65,7 @@ async def train(session: Session) -> SftResult:
         if step == sft.steps or step % session.config.eval.every == 0:
             metrics |= await held_out_loss(session, held_out)
         await session.record(metrics, {"train": time.perf_counter() - clock}, last=step == sft.steps)
-    return SftResult(sft.steps, len(rows), len(held_out))
+    return SftResult(sft.steps, len(trained), len(held_out))
 
 
 async def held_out_loss(session: Session, held_out: Sequence[Sequence[Datum]]) -> Metrics:
@@ -72,11 +77,17 @@ async def held_out_loss(session: Session, held_out: Sequence[Sequence[Datum]]) -
     return {"eval/mean_nll": output.metrics["loss:sum"] / output.metrics["tokens:sum"]}
 
 
-def load_rows(
-    path: Path, renderer: Renderer, held_out: float, context: int, train_on: TrainOn = "all_assistant_messages"
-) -> tuple[list[list[Datum]], list[list[Datum]]]:
-    """The datums of every conversation, to train on and held out.
+def rows_of(config: RunConfig, renderer: Renderer, context: int) -> Rows:
+    """What a run reads.
 
+    Raises:
+        DataError: as ``load_rows``.
+    """
+    return load_rows(Path(config.sft.data), renderer, config.sft.held_out, context, config.sft.train_on)
+
+
+def load_rows(path: Path, renderer: Renderer, held_out: float, context: int, train_on: TrainOn = "all_assistant_messages") -> Rows:
+    """
     Raises:
         DataError: names the file and the line.
     """
