@@ -100,6 +100,13 @@ def test_what_does_not_fit_is_shrunk_and_said(tmp_path: Path) -> None:
     assert made_within(tmp_path, 0.5, fixed)[0]["fixed"].shrunk(FULL) == "2 of 5 seeds", "it had none of these to begin with"
 
 
+def test_what_chooses_no_rate_is_made_once_for_each_number_of_seeds(tmp_path: Path) -> None:
+    """Measuring again what cannot come out larger took time from others."""
+    made = made_within(tmp_path, 30, replace(study("fixed", lambda t: 0.0), chooses=False), study("swept", lambda t: 0.0))[1]
+    assert [line for line in made if "fixed" in line] == ["fixed 2", "fixed 3", "fixed 5"]
+    assert [line for line in made if "swept" in line] == ["swept 2", "swept 2", "swept 3", "swept 5"]
+
+
 def test_what_is_never_reached_is_left_out_in_words(tmp_path: Path) -> None:
     found, told = made_within(tmp_path, 0.2, study("long", lambda t: 60.0), study("behind", lambda t: 0.0))
     assert told == []

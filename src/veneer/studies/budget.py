@@ -37,6 +37,10 @@ class Reached:
     failed: str = ""
     """Why it cannot be made, or made larger."""
 
+    def gains(self, level: Terms) -> bool:
+        """Whether the study does more on this level: one that chooses no learning rate has no use for another grid."""
+        return not self.failed and (self.terms is None or self.study.chooses or level.seeds > self.terms.seeds)
+
     def shrunk(self, full: Terms) -> str:
         """In words, what it does with less of than ``full``."""
         parts = []
@@ -90,7 +94,7 @@ async def within(
     try:
         for level in levels_to(full):
             for one in reached:
-                if not one.failed:
+                if one.gains(level):
                     await _advance(one, lab, level, made)
                     if over.is_set() or asked.is_set():  # the failure of a run may have been taken for it
                         lab.stop.set()
