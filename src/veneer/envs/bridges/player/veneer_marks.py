@@ -6,9 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 MARK = "VENEER_BRIDGE_MARK"
+PATIENCE = 2.0
+"""Seconds."""
 
 
 def marked(mark: str) -> list[int]:
@@ -22,6 +25,10 @@ def marked(mark: str) -> list[int]:
 
 
 def kill_marked(mark: str) -> None:
-    for pid in marked(mark):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    """Until they are gone, among them what they start meanwhile. What the kernel does not end within ``PATIENCE`` is left to it."""
+    until = time.monotonic() + PATIENCE
+    while (found := marked(mark)) and time.monotonic() < until:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
