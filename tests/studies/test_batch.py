@@ -16,6 +16,8 @@ from veneer.studies import batch, batch_rl
 from veneer.studies.batch import HELD_OUT, ROWS
 from veneer.studies.batch_rl import EPISODES
 from veneer.studies.batches import trends
+from veneer.studies.budget import Reached
+from veneer.studies.catalogue import find_study
 from veneer.studies.contest import Terms
 from veneer.studies.demonstrations import write_demonstrations
 from veneer.train.config import make_config
@@ -33,6 +35,15 @@ def test_all_batches_read_as_much(tmp_path: Path) -> None:
             rl = make_config({**batch_rl.SHARED, **arm.settings}).rl
             assert rl.groups_per_batch * rl.group_size == size
             assert rl.steps * size == EPISODES
+
+
+def test_a_coarse_grid_has_the_outermost_batches_and_says_so() -> None:
+    assert batch.SIZES.asked(Terms(2, 1, coarse=True)) == (8, 128)
+    assert batch.SIZES.asked(Terms(2, 1)) == (8, 32, 128)
+    small = Reached(find_study("batch"), Terms(5, 2, coarse=True))
+    assert small.shrunk(Terms(5, 2)) == "every second learning rate, the outermost batches"
+    same = replace(small, study=find_study("batch_rl"))
+    assert same.shrunk(Terms(5, 2)) == "every second learning rate"
 
 
 @pytest.mark.parametrize(

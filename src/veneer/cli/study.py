@@ -49,7 +49,7 @@ def list_studies(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--seeds", type=click.IntRange(2), default=5, show_default=True, help="On which arms are compared, a run of each arm each.")
 @click.option("--choice-seeds", type=click.IntRange(1), default=2, show_default=True, help="On which every learning rate is tried.")
-@click.option("--coarse", is_flag=True, help="Try every second learning rate only.")
+@click.option("--coarse", is_flag=True, help="Try every second learning rate only, and of several batch sizes the outermost.")
 @click.option("--budget", metavar="TIME", help="Such as 2h or 90m: small forms of all first, then larger ones until it is over.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of what all runs share. Repeatable.")
 @click.option("--side-by-side", type=click.IntRange(1), default=8, show_default=True, help="Runs at a time on one engine.")

@@ -19,6 +19,7 @@ from veneer.studies.result import Result
 
 QUESTION = "Do adapters bear large batches less well than full fine-tuning?"
 CLAIMS = (13,)
+COARSE = "every second learning rate, the outermost batches"
 EPOCHS, ROWS, HELD_OUT = 6, 640, 0.2
 SHARED: Mapping[str, Any] = {"kind": "sft", "eval": {"every": 10**6}}
 

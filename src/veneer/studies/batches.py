@@ -40,6 +40,10 @@ class Sizes:
     def named(self, batch: int) -> str:
         return f"batches of {batch} {self.of}"
 
+    def asked(self, terms: Terms) -> Sequence[int]:
+        """The batches that are compared: on a coarse grid the outermost, between which a gap would grow."""
+        return (min(self.batches), max(self.batches)) if terms.coarse else self.batches
+
     def arms(self, batch: int) -> Sequence[Arm]:
         work = self.work(batch)
         thin = [Arm(f"rank {rank}", {"lora": {"rank": rank}, **work}, self.lora_rates) for rank in self.ranks]
@@ -50,7 +54,7 @@ async def hold_contests(lab: Lab, sizes: Sizes, shared: Mapping[str, Any], terms
     """Raises:
     ConfigError, Interrupted, VeneerError: as ``hold_contest``.
     """
-    contests = {batch: await hold_contest(lab, shared, sizes.arms(batch), sizes.margin, terms) for batch in sizes.batches}
+    contests = {batch: await hold_contest(lab, shared, sizes.arms(batch), sizes.margin, terms) for batch in sizes.asked(terms)}
     question = "{arm} beside {reference}, each at its best learning rate"
     results = {sizes.named(batch): contest_result(contest, question) for batch, contest in contests.items()}
     result = joined(results, _gaps(sizes, contests), lambda path: _draw(sizes, contests, path))

@@ -52,7 +52,7 @@ class Reached:
             if self.study.chooses and self.terms.choice_seeds < full.choice_seeds:
                 parts.append(f"{self.terms.choice_seeds} of {full.choice_seeds} choice seeds")
             if self.study.chooses and self.terms.coarse and not full.coarse:
-                parts.append("every second learning rate")
+                parts.append(self.study.coarse)
         return "; ".join([", ".join(parts) or "in full", *([self.failed] if self.failed else [])])
 
 

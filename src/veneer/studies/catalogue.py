@@ -21,7 +21,8 @@ STUDIES = (
     *("feedback", "visibility", "crossover", "exploration", "entropy", "forgetting", "habits", "cost", "toggle", "merging"),
 )
 """Each a module of this package: its docstring says what is asked, QUESTION says it in one sentence, CLAIMS which of the 22 claims it
-tests, ``conduct`` does it, ``arms`` are what it compares, if it compares runs."""
+tests, ``conduct`` does it, ``arms`` are what it compares, if it compares runs, COARSE what a coarse grid leaves of it, if it is more than
+a coarser grid of learning rates."""
 UNCHOSEN = ("early", "groups", "visibility", "crossover", "entropy", "habits", "cost", "toggle", "merging")
 """Those that choose no learning rate, and have no use for choice seeds or a coarse grid."""
 Conduct = Callable[[Lab, Terms], Coroutine[Any, Any, Result]]
@@ -40,6 +41,8 @@ class Study:
     conduct: Conduct
     chooses: bool = True
     """A learning rate, for each of its arms."""
+    coarse: str = "every second learning rate"
+    """What is left of it on a coarse grid."""
 
 
 def find_study(name: str) -> Study:
@@ -51,9 +54,9 @@ def find_study(name: str) -> Study:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STUDIES)}"
         raise ConfigError(f"no study {name!r}; {hint}")
     module = importlib.import_module(f"veneer.studies.{name}")
-    return Study(
-        name, module.QUESTION, module.CLAIMS, (module.__doc__ or "").strip(), naming_diverged(module.conduct), name not in UNCHOSEN
-    )
+    conduct, about = naming_diverged(module.conduct), (module.__doc__ or "").strip()
+    coarse = getattr(module, "COARSE", Study.coarse)
+    return Study(name, module.QUESTION, module.CLAIMS, about, conduct, name not in UNCHOSEN, coarse)
 
 
 def naming_diverged(conduct: Conduct) -> Conduct:

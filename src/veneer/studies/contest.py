@@ -71,7 +71,7 @@ class Terms:
     overrides: tuple[str, ...] = ()
     """KEY=VALUE of what all runs share, such as rl.steps=20; what an arm is about stays the arm's."""
     coarse: bool = False
-    """Of every grid of learning rates each second one."""
+    """Of every grid of learning rates each second one, and of several batch sizes the outermost."""
 
 
 @dataclass(frozen=True)
