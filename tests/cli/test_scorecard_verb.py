@@ -36,7 +36,7 @@ def test_a_run_brings_its_measures(trained: tuple[Path, Result]) -> None:
     steps = sum(
         line["episodes"] for line in map(json.loads, (home / "runs/small/metrics.jsonl").read_text().splitlines()) if "episodes" in line
     )
-    assert f"scorecard behind the last step: 56 episodes, beside {steps:,} of the steps" in done.err.splitlines()[0]
+    assert f"scorecard behind the last step: up to 56 episodes, beside {steps:,} of the steps" in done.err.splitlines()[0]
     assert summary["scorecard"]["episodes"] == 56
     card = summary["scorecard"]["card"]
     assert (card["problems"], card["tries"], list(card["pass_at_k"])) == (3, 8, ["1", "2", "4"])
@@ -68,6 +68,8 @@ def test_beside_itself_nothing_differs(veneer: Veneer, trained: tuple[Path, Resu
     home, _ = trained
     done = veneer(home, "scorecard", "small", "--start", "small@1", "--problems=2", "--tries=4")
     assert done.code == 0, done.err
+    assert "playing up to 24 episodes" in done.err, "eight of them the base's"
+    assert "24 episodes, " in done.out
     assert "+0.00 [+0.00, +0.00]" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
     assert "0 gained that the start never solved, 0 lost" in done.out

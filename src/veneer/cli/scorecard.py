@@ -54,7 +54,7 @@ def command(
     from veneer.cli.assemble import home_of, pinned, start_for
     from veneer.train.config import ScorecardSettings
     from veneer.train.rollouts import Policy, closing
-    from veneer.train.scorecard import Measured, check_others, measure_scorecard
+    from veneer.train.scorecard import Measured, check_others, measure_scorecard, most_episodes
     from veneer.types import ConfigError, SamplingParams
 
     adapter = pinned(adapter)
@@ -66,7 +66,7 @@ def command(
     asyncio.run(check_others(elsewhere, "--elsewhere"))
     machine, name = start_for(adapter, base, threads, device)
     before = None if started is None else machine.load(pinned(started))
-    print(f"playing {settings.episodes:,} episodes", file=sys.stderr, flush=True)
+    print(f"playing up to {most_episodes(settings, before is not None):,} episodes", file=sys.stderr, flush=True)
 
     def policy(acting: str | None) -> Policy:
         params = SamplingParams(max_tokens=home.max_tokens)

@@ -68,12 +68,15 @@ def _check_scorecard(config: RunConfig) -> None:
 
 def _tell_scorecard(config: RunConfig) -> None:
     """What one will cost, while it can still be left out."""
+    from veneer.train.scorecard import most_episodes
+
     if not config.scorecard.problems:
         return
     beside = ""
     if config.kind == "rl":
         beside = f", beside {config.rl.steps * config.rl.groups_per_batch * config.rl.group_size:,} of the steps"
-    print(f"scorecard behind the last step: {config.scorecard.episodes:,} episodes{beside}", file=sys.stderr, flush=True)
+    most = most_episodes(config.scorecard, bool(config.init))
+    print(f"scorecard behind the last step: up to {most:,} episodes{beside}", file=sys.stderr, flush=True)
 
 
 def _show(summary: Mapping[str, Any]) -> None:

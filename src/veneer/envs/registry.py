@@ -58,7 +58,7 @@ def load_env(name: str, args: Mapping[str, Any] | None = None, *, key: str = "en
     try:
         inspect.signature(factory).bind(**(args or {}))
     except TypeError as error:
-        raise ConfigError(f"env.args: {error}; {name} takes {inspect.signature(factory)}") from error
+        raise ConfigError(f"{'env.args' if key == 'env.name' else key}: {error}; {name} takes {inspect.signature(factory)}") from error
     try:
         dataset = factory(**(args or {}))
     except RequestError:

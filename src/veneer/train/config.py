@@ -230,12 +230,6 @@ class ScorecardSettings(Settings):
             raise ValueError("one problem has no interval; give two or more, or 0 for no scorecard")
         return self
 
-    @property
-    def episodes(self) -> int:
-        """Of both policies, at the most: an environment may hold fewer problems out. Where the start is an adapter the base plays up to
-        eight more of each problem."""
-        return 2 * (self.problems * self.tries + len(self.envs) * self.elsewhere) if self.problems else 0
-
 
 class RunConfig(Settings):
     kind: Literal["rl", "sft", "dpo", "rejection", "distill"] = "rl"

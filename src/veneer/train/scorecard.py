@@ -115,6 +115,13 @@ async def measure_scorecard(
     return Measured(card, divergence, from_base, elsewhere, episodes, round(time.perf_counter() - clock, 1))
 
 
+def most_episodes(settings: ScorecardSettings, from_base: bool) -> int:
+    """That a scorecard plays; fewer where an environment holds fewer problems out. ``from_base``: it is measured from the base too, as the
+    start is an adapter."""
+    of_base = settings.problems * min(READ, settings.tries) if from_base else 0
+    return 2 * (settings.problems * settings.tries + len(settings.envs) * settings.elsewhere) + of_base
+
+
 async def check_others(names: Sequence[str], key: str) -> None:
     """Whether a scorecard could play these, before anything is trained or played.
 

@@ -94,7 +94,8 @@ def plan_adapter(parameters: int, widest: int) -> Figure:
     value = len(ROWS) * 4 * (parameters + widest)
     formula = f"{len(ROWS)} rows ({', '.join(ROWS)}) x 4 x ({parameters:,} + {widest:,})"
     transient = value + STEPPING * 4 * (parameters + widest)
-    note = f"the upper end while Adam makes new rows, {STEPPING} more for a moment; each further adapter as much again"
+    stepping = f"the upper end while Adam makes new rows, {STEPPING} more for a moment"
+    note = f"{stepping}; each further adapter as much again, on a CPU without those if it is large"
     return Figure("an adapter in training", value, "bytes", formula, HERE, value, transient, note)
 
 
