@@ -14,7 +14,20 @@ from test_lab import lab
 
 from veneer.studies import forgetting, sharpening
 from veneer.studies.contest import Arm, Sweep, Terms
-from veneer.studies.forgetting import LENGTHS, OTHER, OWN, REWARDED, RIGHT, Course, Point, _findings, at_accuracy, parabola, ways_of
+from veneer.studies.forgetting import (
+    LENGTHS,
+    OTHER,
+    OWN,
+    POSITIVE,
+    REWARDED,
+    RIGHT,
+    Course,
+    Point,
+    _findings,
+    at_accuracy,
+    parabola,
+    ways_of,
+)
 from veneer.studies.result import Finding
 from veneer.studies.worked import write_worked
 from veneer.train.config import ScorecardSettings
@@ -54,14 +67,15 @@ def test_words() -> None:
     found = findings(
         {
             REWARDED: [course(1.0, 0.1, noise) for noise in seeds],
+            POSITIVE: [course(1.0, 0.1, noise) for noise in seeds],
             RIGHT: [course(1.0, 0.2, noise) for noise in seeds],
             OWN: [course(1.0, 0.1, noise) for noise in seeds],
             OTHER: [course(3.0, 0.9, noise) for noise in seeds],
         }
     )
     assert [finding.verdict for finding in found] == [
-        *("equal", "less", "equal", "equal", "less", "less"),
-        *("worse", "worse", "worse", "worse"),
+        *("equal", "equal", "equal", "less", "equal", "equal", "less", "less"),
+        *("worse", "worse", "worse", "worse", "worse"),
         "yes",
     ]
     assert "at an accuracy of 0.80: by reward beside" in found[0].question
@@ -71,13 +85,14 @@ def test_words() -> None:
 def test_each_pair_is_compared_where_both_of_it_come() -> None:
     """One way that gets nowhere does not have the others compared where they have hardly begun."""
     poor = [Point(5 * i, 0.1 * i, 2.0 * i, 0.0) for i in range(4)]
-    paths = {REWARDED: [course(1.0, 0.1)] * 2, RIGHT: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [poor] * 2}
+    like = [course(1.0, 0.1)] * 2
+    paths = {REWARDED: like, POSITIVE: like, RIGHT: like, OWN: [course(2.0, 0.1)] * 2, OTHER: [poor] * 2}
     found = findings(paths, **{OWN: "highest"})
-    assert "at an accuracy of 0.80: by reward beside by demonstrations in its manner" in found[2].question
-    assert "; by demonstrations in its manner at the highest learning rate tried" in found[2].numbers
-    assert "at an accuracy of 0.30: by reward beside by demonstrations in another" in found[4].question
-    assert "highest" not in found[4].numbers
-    assert [finding.verdict for finding in found[:6:2]] == ["equal", "less", "less"]
+    assert "at an accuracy of 0.80: by reward beside by demonstrations in its manner" in found[4].question
+    assert "; by demonstrations in its manner at the highest learning rate tried" in found[4].numbers
+    assert "at an accuracy of 0.30: by reward beside by demonstrations in another" in found[6].question
+    assert "highest" not in found[6].numbers
+    assert [finding.verdict for finding in found[:8:2]] == ["equal", "equal", "less", "less"]
 
 
 def test_who_never_gets_there_decides_nothing() -> None:
@@ -85,7 +100,7 @@ def test_who_never_gets_there_decides_nothing() -> None:
     falls = [Point(0, 0.5, 0.0, 0.0), Point(5, 0.2, 1.0, 0.1), Point(10, 0.1, 2.0, 0.5)]
     rises = [Point(0, 0.5, 0.0, 0.0), Point(5, 0.4, 1.0, 0.1), Point(10, 0.51, 2.0, 0.5)]
     for flat in (falls, rises):
-        found = findings({REWARDED: [course(1.0, 0.1)] * 2, RIGHT: [flat] * 2, OWN: [flat] * 2, OTHER: [flat] * 2})
+        found = findings({REWARDED: [course(1.0, 0.1)] * 2, POSITIVE: [flat] * 2, RIGHT: [flat] * 2, OWN: [flat] * 2, OTHER: [flat] * 2})
         assert found[0].verdict == "undecided"
         assert "where both have learned as much" in found[0].question
         assert "in 0 of 2 seeds both rise to it" in found[0].numbers
@@ -93,8 +108,9 @@ def test_who_never_gets_there_decides_nothing() -> None:
 
 def test_one_seed_that_does_not_get_there_is_not_left_out_in_silence() -> None:
     """It is the reason why nothing is said, and not a seed less."""
+    like = [course(1.0, 0.1)] * 2
     late = [Point(0, 0.0, 0.0, 0.0), Point(5, 0.9, 1.0, 0.1), Point(10, 0.95, 2.0, 0.5)]
-    paths = {REWARDED: [course(1.0, 0.1), late], RIGHT: [course(1.0, 0.1)] * 2, OWN: [course(2.0, 0.1)] * 2, OTHER: [course(2.0, 0.1)] * 2}
+    paths = {REWARDED: [course(1.0, 0.1), late], POSITIVE: like, RIGHT: like, OWN: [course(2.0, 0.1)] * 2, OTHER: [course(2.0, 0.1)] * 2}
     assert "in 1 of 2 seeds both rise to it between measured lengths" in findings(paths)[0].numbers
 
 
@@ -105,7 +121,7 @@ def test_a_parabola_explains_nothing_where_nothing_is_lost() -> None:
     def still() -> list[Point]:
         return [Point(5 * i, 0.2 * i, float(i), 0.01 * float(rng.normal()), 0.01) for i in range(5)]
 
-    paths = {way: [still(), still(), still()] for way in (REWARDED, RIGHT, OWN, OTHER)}
+    paths = {way: [still(), still(), still()] for way in (REWARDED, POSITIVE, RIGHT, OWN, OTHER)}
     assert findings(paths)[-1].verdict == "undecided"
     assert "errors of measurement leave" in findings(paths)[-1].numbers
 
@@ -146,7 +162,7 @@ def teach(monkeypatch: pytest.MonkeyPatch, **rl: float) -> None:
 
 
 def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four ways, findings, a page and a picture; every run begins from the one that was taught, and is measured beside it."""
+    """Five ways, findings, a page and a picture; every run begins from the one that was taught, and is measured beside it."""
     small(monkeypatch)
     teach(monkeypatch)
     here, began = lab(tmp_path), list[str | None]()
@@ -159,17 +175,17 @@ def test_the_whole_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(sharpening, "measure_scorecard", seen)
     result = asyncio.run(forgetting.conduct(here, Terms(2, 1)))
-    assert len(result.findings) == 12
+    assert len(result.findings) == 15
     assert result.findings[0].question.startswith("reward of the taught policy")
     assert {way: len(found) for way, found in result.document["ways"].items()} == dict.fromkeys(LENGTHS, 2)
-    assert result.tables.count("\n| by ") == 8
-    assert result.tables.count("\n- by ") == 4
+    assert result.tables.count("\n| by ") == 10
+    assert result.tables.count("\n- by ") == 5
     result.draw(tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count("<svg") == 1
     manifests = [json.loads(path.read_text()) for path in here.folder.glob("*/adapter/veneer.json")]
     (taught,) = [manifest["digest"] for manifest in manifests if manifest["env"] == "sort"]
     assert {parent["digest"] for manifest in manifests for parent in manifest["parents"]} == {taught}
-    assert began == [taught] * 16
+    assert began == [taught] * 20
 
 
 def test_teaching_that_came_to_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

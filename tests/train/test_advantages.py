@@ -63,6 +63,11 @@ def test_rloo_length_by_hand() -> None:
     assert advantages([[3, 0, 6]], "rloo_length", [[1, 2, 3]]) == [pytest.approx([-0.6, -5.25, 5.0])]
 
 
+def test_reinforce_compares_with_nothing() -> None:
+    """A group that was right throughout is learned from; one that earned nothing is dropped."""
+    assert advantages([[1, 0, 0.5], [1, 1], [0, 0]], "reinforce") == [[1, 0, 0.5], [1, 1], None]
+
+
 def test_reinforce_plus_plus_by_hand() -> None:
     """Tokens: 1 with reward 1, 3 with reward 0, and 4 with reward 1 in another group. Mean 5/8, variance 15/64. A group of one value has
     advantages too: nothing is compared within groups."""
@@ -173,6 +178,7 @@ def gradient_of_the_best(k: int, rewards: Sequence[float]) -> torch.Tensor:
     [
         ("rloo", {}, 1, 1.0),
         ("rloo_length", {}, 1, 1.0),
+        ("reinforce", {}, 1, 1.0),
         ("group_mean", {}, 1, 3 / 4),  # the known bias: 1 - 1/n
         *(("pass_at_k", {"k": k}, k, 1.0) for k in (1, 2, 3, 4)),
     ],
@@ -211,7 +217,8 @@ BATCH = st.lists(st.lists(st.tuples(st.floats(-10, 10).map(lambda x: round(x, 3)
 @settings(deadline=None, max_examples=30)
 @given(batch=BATCH, data=st.data())
 def test_order_and_a_constant_do_not_matter(name: str, batch: list[list[tuple[float, int]]], data: st.DataObject) -> None:
-    """Members and groups in another order have the same advantages, and adding a number to every reward changes none."""
+    """Members and groups in another order have the same advantages, and adding a number to every reward changes none, unless rewards are
+    compared with nothing."""
 
     def of(groups: list[list[tuple[float, int]]], shift: float = 0.0) -> list[list[float]]:
         found = advantages([[r + shift for r, _ in g] for g in groups], name, [[n for _, n in g] for g in groups])
@@ -223,8 +230,9 @@ def test_order_and_a_constant_do_not_matter(name: str, batch: list[list[tuple[fl
     found = of([[batch[i][j] for j in within[i]] for i in order])
     for at, i in enumerate(order):
         assert found[at] == pytest.approx([wanted[i][j] for j in within[i]], abs=1e-6)
+    moved = 2.5 if name == "reinforce" else 0.0
     for ours, theirs in zip(of(batch, 2.5), wanted, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-6)
+        assert ours == pytest.approx([a + moved for a in theirs], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["group_mean", "grpo", "rloo", "turn"])
@@ -275,8 +283,9 @@ def test_turns_with_a_reward_at_the_end_are_group_mean(rewards: list[float], tur
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_a_batch_of_one_reward_carries_nothing(name: str) -> None:
-    """0.1 + 0.1 + 0.1 is not 0.3: rounding must not be a signal."""
-    assert advantages([[0.1] * 3, [0.1] * 6], name) == [None, None]
+    """0.1 + 0.1 + 0.1 is not 0.3: rounding must not be a signal. Where nothing is compared the reward is."""
+    none = [None, None] if name != "reinforce" else [[0.1] * 3, [0.1] * 6]
+    assert advantages([[0.1] * 3, [0.1] * 6], name) == none
     assert compute_advantages([], name) == []
 
 

@@ -15,7 +15,10 @@ from veneer.train.config import make_config
 from veneer.types import ConfigError, RequestError, SamplingParams
 
 CHOICES: list[dict[str, Any]] = [
-    *({"advantage": name} for name in ("grpo", "rloo", "rloo_length", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "turn")),
+    *(
+        {"advantage": name}
+        for name in ("grpo", "rloo", "rloo_length", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "turn")
+    ),
     {"advantage": "pass_at_k", "advantage_config": {"k": 2}},
     *({"normalise": name} for name in ("sequence_mean", "token_mean", "max_tokens")),
     *({"correction": name, "correction_level": level} for name in ("truncated", "masked") for level in ("token", "sequence")),

@@ -1,13 +1,15 @@
-"""What does a policy forget that learns something new? One that was taught to sort learns longer sums, in four ways.
+"""What does a policy forget that learns something new? One that was taught to sort learns longer sums, in five ways.
 
-Sums are learned by reward, by imitation of its own right answers, and by demonstrations in two manners. RL's Razor finds that forgetting
-follows the KL divergence from the first policy to the trained one on the new task, by a parabola, whatever the method; and that
-reinforcement learning forgets less than supervised training because it reaches the same accuracy nearer to where it began
+Sums are learned by reward, by reward of right answers alone, by imitation of its own right answers, and by demonstrations in two manners.
+RL's Razor finds that forgetting follows the KL divergence from the first policy to the trained one on the new task, by a parabola, whatever
+the method; and that reinforcement learning forgets less than supervised training because it reaches the same accuracy nearer to where it
+began, which comes of drawing from the policy itself and not of learning from wrong answers too: without them it forgets as little
 (https://arxiv.org/abs/2509.04259). Who knows little forgets little: the bundled base half knows the other tasks, and learning sums makes it
 better at them (the study of the crossover). So it is taught first, by reward, to sort digits, and every run begins from the one adapter
 that comes of it: intervals are over what seeds do behind that, not over what else it might have been taught.
 
-Its own right answers are sampled once, before anything is learned. Demonstrations are right to the last step, either in the manner that it
+Right answers alone are those that it draws at every step, with an advantage of 1, and 0 for all others ("1-0 Reinforce"). Its own right
+answers to imitate are sampled once, before anything is learned. Demonstrations are right to the last step, either in the manner that it
 has itself, from the first number on, or from the last one on, which it has never seen. Each way runs at its best learning rate, by the
 score of its longest runs, and is stopped at several lengths; accuracies are made equal by straight lines between those, and where such a
 line would begin before the first step nothing is said.
@@ -39,10 +41,10 @@ from veneer.types import RunError
 
 QUESTION = "Does reinforcement learning forget less than supervised training at the same accuracy, and does the divergence tell it?"
 CLAIMS = (20,)
-REWARDED, RIGHT = "by reward", "by its own right answers"
+REWARDED, POSITIVE, RIGHT = "by reward", "by reward of right answers alone", "by its own right answers"
 OWN, OTHER = "by demonstrations in its manner", "by demonstrations in another"
 SHORT, LONG = (5, 10, 20, 40, 80), (40, 80, 120, 160, 240)
-LENGTHS: Mapping[str, Sequence[int]] = {REWARDED: SHORT, RIGHT: SHORT, OWN: SHORT, OTHER: LONG}
+LENGTHS: Mapping[str, Sequence[int]] = {REWARDED: SHORT, POSITIVE: SHORT, RIGHT: SHORT, OWN: SHORT, OTHER: LONG}
 """Steps."""
 RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 ROWS = 400
@@ -92,8 +94,10 @@ def ways_of(folder: Path) -> Sequence[Arm]:
     """
     imitation = {"rounds": 1, "problems": 128, "group_size": 8, "keep": 8, "bar": 1.0, "batch_size": 16, "max_tokens": 72}
     demonstrations = {"batch_size": 16, "held_out": 0.1}
+    reward = {"groups_per_batch": 8, "group_size": 8, "max_tokens": 72}
     settings: dict[str, tuple[str, dict[str, Any]]] = {
-        REWARDED: ("rl", {"groups_per_batch": 8, "group_size": 8, "max_tokens": 72}),
+        REWARDED: ("rl", reward),
+        POSITIVE: ("rl", {**reward, "advantage": "reinforce"}),
         RIGHT: ("rejection", imitation),
         OWN: ("sft", {**demonstrations, "data": str(write_worked(folder, ROWS, False, NUMBERS))}),
         OTHER: ("sft", {**demonstrations, "data": str(write_worked(folder, ROWS, True, NUMBERS))}),
@@ -196,7 +200,7 @@ def _start(card: Mapping[str, Any], env: str) -> float:
 
 
 def _findings(paths: Mapping[str, Sequence[Course]], swept: Mapping[str, Sweep]) -> list[Finding]:
-    findings = [finding for way in (RIGHT, OWN, OTHER) for finding in _beside(paths, way, swept)]
+    findings = [finding for way in (POSITIVE, RIGHT, OWN, OTHER) for finding in _beside(paths, way, swept)]
     for way, found in paths.items():
         ends = [path[-1].lost for path in found]
         lost = compare_seeds(ends, [0.0] * len(ends), LOST_MARGIN)
@@ -272,7 +276,7 @@ def _document(paths: Mapping[str, Sequence[Course]]) -> dict[str, Any]:
 def _draw(paths: Mapping[str, Sequence[Course]], path: Path) -> None:
     with picture(path, 8.4, 3.2) as figure:
         left, right = figure.subplots(1, 2)
-        for (way, found), colour in zip(paths.items(), ("#0066cc", "#aa3377", "#228833", "#cc5500"), strict=True):
+        for (way, found), colour in zip(paths.items(), ("#0066cc", "#33aacc", "#aa3377", "#228833", "#cc5500"), strict=True):
             for seed, points in enumerate(found):
                 label = way if seed == 0 else None
                 left.plot([p.accuracy for p in points], [p.kl for p in points], color=colour, linewidth=0.8, marker=".", label=label)

@@ -84,6 +84,13 @@ def rloo_length(groups: Sequence[Group], settings: Settings) -> list[list[list[f
     return [_spread(group, leave_one_out(_rewards(group), [float(max(1, tokens_of(t))) for t in group])) for group in groups]
 
 
+def reinforce(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]:
+    """r_i itself, compared with nothing (Williams 1992, https://doi.org/10.1007/BF00992696, with a baseline of 0). Unbiased, of the largest
+    variance. With rewards 1 and 0 it learns from right answers alone: the "1-0 Reinforce" of RL's Razor
+    (https://arxiv.org/abs/2509.04259)."""
+    return [_spread(group, _rewards(group)) for group in groups]
+
+
 def pass_at_k(groups: Sequence[Group], settings: Settings) -> list[list[list[float]]]:
     """What member i adds to the best of k: PKPO's s^(loo-1), times n as the loss is a mean over episodes.
 
@@ -183,6 +190,7 @@ ADVANTAGES: dict[str, tuple[Estimator, Settings]] = {
     "grpo": (grpo, {}),
     "rloo": (rloo, {}),
     "rloo_length": (rloo_length, {}),
+    "reinforce": (reinforce, {}),
     "reinforce_plus_plus": (reinforce_plus_plus, {}),
     "reinforce_plus_plus_baseline": (reinforce_plus_plus_baseline, {}),
     "pass_at_k": (pass_at_k, {"k": 4}),

@@ -62,8 +62,8 @@ class RlSettings(Settings):
     grad_clip_norm: float = Field(default=0.0, ge=0)
     """0 is off."""
     advantage: str = "group_mean"
-    """How rewards become advantages: group_mean, grpo, rloo, rloo_length, reinforce_plus_plus, reinforce_plus_plus_baseline,
-    pass_at_k or turn."""
+    """How rewards become advantages: group_mean, grpo, rloo, rloo_length, reinforce, reinforce_plus_plus,
+    reinforce_plus_plus_baseline, pass_at_k or turn."""
     advantage_config: dict[str, float] = {}
     """Settings of the advantage, such as k of pass_at_k."""
     loss: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = "importance_sampling"
