@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,12 @@ def list_studies(as_json: bool) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of what all runs share. Repeatable.")
 @click.option("--side-by-side", type=click.IntRange(1), default=8, show_default=True, help="Runs at a time on one engine.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; as many as there are cores, unless given.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="That runs are spread over, each with its part of the threads and the base in memory. On the CPU one for each thread, 1 if "
+    "another base is set, unless given.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
 @json_option
 def run(
@@ -65,6 +72,7 @@ def run(
     overrides: tuple[str, ...],
     side_by_side: int,
     threads: int | None,
+    processes: int | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -76,7 +84,6 @@ def run(
     import os
     import sys
 
-    from veneer.cli.assemble import start
     from veneer.engine import default_device
     from veneer.engine.counting import Bench
     from veneer.engine.merge import write_merged
@@ -84,28 +91,34 @@ def run(
     from veneer.studies.budget import seconds_of
     from veneer.studies.catalogue import STUDIES, find_study, keep
     from veneer.studies.contest import Terms
-    from veneer.studies.lab import Lab, Place
+    from veneer.studies.hands import Hands
     from veneer.train.session import stop_signals
 
     studies = [find_study(one) for one in (STUDIES if name == "all" else [name])]
     terms, folder = Terms(seeds, choice_seeds, overrides, coarse), _home()
     seconds = None if budget is None else seconds_of(budget)
     device = default_device() if device == "auto" else device
-
-    def open_place(config: Any) -> Place:
-        machine = start(config.base, threads or os.cpu_count() or 1, config.weights, device)
-        return Place(machine.engine, machine.renderer)
+    threads = threads or os.cpu_count() or 1
+    if processes is None:
+        large = device != "cpu" or any(override.partition("=")[0].strip() == "base" for override in overrides)
+        processes = 1 if large else min(threads, side_by_side)
 
     def told(outcome: Outcome, done: int, of: int) -> None:
         print(f"{done:>4} of {of}  {outcome}", file=sys.stderr, flush=True)
 
-    lab = Lab(folder / "runs", open_place, device, side_by_side, told, bench=Bench(device), merge=write_merged, random_base=write_random)
-    if name == "all" or seconds is not None:
-        _run_within(lab, studies, terms, seconds, folder, as_json)
-        return
-    (study,) = studies
-    with stop_signals(lab.stop):
-        result = asyncio.run(study.conduct(lab, terms))
+    lab = _lab(threads, device)
+    lab.side_by_side, lab.told = side_by_side, told
+    lab.bench, lab.merge, lab.random_base = Bench(device), write_merged, write_random
+    with ExitStack() as ends:
+        if processes > 1:
+            command = [sys.executable, "-m", "veneer", "study", "make", "--threads", str(max(1, threads // processes)), "--device", device]
+            lab.hands = ends.enter_context(Hands(command, processes))
+        if name == "all" or seconds is not None:
+            _run_within(lab, studies, terms, seconds, folder, as_json)
+            return
+        (study,) = studies
+        with stop_signals(lab.stop):
+            result = asyncio.run(study.conduct(lab, terms))
     document = keep(study, terms, result, folder / name)
 
     def human() -> None:
@@ -153,6 +166,34 @@ def _run_within(lab: Lab, studies: Sequence[Study], full: Terms, seconds: float 
     ]
     rows = [(d["study"], len(d["findings"]), d["shrunk"]) for d in documents]
     emit(documents, as_json, lambda: print_table(("study", "findings", "made with"), rows, ""))
+
+
+def _lab(threads: int, device: str) -> Lab:
+    """One that makes runs on engines of this process."""
+    from veneer.cli.assemble import start
+    from veneer.studies.lab import Lab, Place
+
+    def open_place(config: Any) -> Place:
+        machine = start(config.base, threads, config.weights, device)
+        return Place(machine.engine, machine.renderer)
+
+    return Lab(_home() / "runs", open_place, device)
+
+
+@command.command("make", hidden=True)
+@click.option("--threads", type=click.IntRange(1), required=True)
+@click.option("--device", required=True)
+def make(threads: int, device: str) -> None:
+    """Make the runs that are asked for on the standard input, as ``studies/hands.py`` has it; ``veneer study run`` starts it."""
+    import asyncio
+    import os
+    import sys
+
+    from veneer.studies.hands import serve
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an environment prints is no answer
+    asyncio.run(serve(_lab(threads, device), sys.stdin, answers))
 
 
 @command.command("article")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from veneer.assets import NANO
 from veneer.envs import load_env
@@ -99,6 +99,16 @@ class Outcome:
         return f"{arm}, learning rate {rate:.3g}, seed {config.seed}: {end}, {self.seconds:.0f} s"
 
 
+class Elsewhere(Protocol):
+    """What makes runs outside this process, as ``hands.Hands`` does."""
+
+    async def make(self, name: str, config: RunConfig, stop: threading.Event) -> None:
+        """Raises:
+        Interrupted, VeneerError: as ``Lab.run``.
+        """
+        ...
+
+
 @dataclass
 class Lab:
     """Makes runs. ``folder``: where they are kept. ``open_place``: loads what runs of a base and kind of weights share."""
@@ -113,6 +123,8 @@ class Lab:
     """Of every run that ends: how many of those asked for are there."""
     stop: threading.Event = field(default_factory=threading.Event)
     """When set, runs save their state and stop."""
+    hands: Elsewhere | None = None
+    """What makes runs outside this process; None: they are made in it."""
     bench: Bench | None = None
     """What engines are counted and timed with; None: this lab only makes runs."""
     merge: Merge | None = None
@@ -123,8 +135,9 @@ class Lab:
     """Runs that did, of all that were asked for, by folder; whoever wants to know of one study empties it before."""
     _places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
-    async def run(self, configs: Sequence[RunConfig]) -> list[Outcome]:
+    async def run(self, configs: Sequence[RunConfig], *, here: bool = False) -> list[Outcome]:
         """What each comes to. Runs of an earlier call, of another study or of a process that was killed are taken over or gone on with.
+        ``here``: on the engine of this process.
 
         Raises:
             Interrupted: ``stop`` was set; what was done is kept.
@@ -134,17 +147,17 @@ class Lab:
         wanted = {self._folder(config): config for config in configs}
         found: dict[Path, Outcome] = {}
         for place in dict.fromkeys(_place_of(config) for config in wanted.values()):
-            here = {folder: config for folder, config in wanted.items() if _place_of(config) == place}
+            those = {folder: config for folder, config in wanted.items() if _place_of(config) == place}
             free = asyncio.Semaphore(self.side_by_side)
 
             async def one(folder: Path, config: RunConfig, free: asyncio.Semaphore = free) -> None:
                 async with free:
-                    found[folder] = await self._one(folder, config)
+                    found[folder] = await self._one(folder, config, here)
                     if found[folder].diverged:
                         self.diverged[folder] = found[folder]
                     self.told(found[folder], len(found), len(wanted))
 
-            await self.together([one(folder, config) for folder, config in here.items()])
+            await self.together([one(folder, config) for folder, config in those.items()])
         return [found[self._folder(config)] for config in configs]
 
     def trainable(self, config: RunConfig) -> int:
@@ -177,11 +190,23 @@ class Lab:
         if errors:
             raise next((error for error in errors if not isinstance(error, Interrupted)), errors[0])
 
-    async def _one(self, folder: Path, config: RunConfig) -> Outcome:
+    async def make(self, config: RunConfig) -> None:
+        """Make one run on the engine of this process, or go on with it.
+
+        Raises:
+            Interrupted, VeneerError: as ``run``.
+        """
+        self.go_on()
+        await self._make(self._folder(config), config, self.place(config))
+
+    async def _one(self, folder: Path, config: RunConfig, here: bool) -> Outcome:
         done = folder / OUTCOME
         if not done.is_file():
             self.go_on()
-            await self._make(folder, config, self.place(config), done)
+            if self.hands is None or here:
+                await self.make(config)
+            else:
+                await self.hands.make(folder.name, config, self.stop)
         for name in ("checkpoints", "rollouts"):  # nobody goes on from here; a hundred runs would keep gigabytes
             shutil.rmtree(folder / name, ignore_errors=True)
         told = json.loads(done.read_text())
@@ -221,7 +246,7 @@ class Lab:
                 write_text(path, text)
         return json.loads(path.read_text())["found"]
 
-    async def _make(self, folder: Path, config: RunConfig, place: Place, done: Path) -> None:
+    async def _make(self, folder: Path, config: RunConfig, place: Place) -> None:
         config = config.model_copy(update={"name": folder.name, "folder": str(folder)})
         diverged = None
         init = _first(config)

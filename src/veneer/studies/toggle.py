@@ -71,7 +71,7 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
     place = lab.place(configs[0], fresh=True)
     prompts = await problem_prompts(place, configs[0])
     before = await ask(place, prompts, [None])
-    outcomes = await lab.run(configs)
+    outcomes = await lab.run(configs, here=True)  # what is asked is whether this engine's base is what it was before
     place = lab.place(configs[0])
     adapters = {f"seed-{outcome.config.seed}": read_adapter(outcome.folder / ADAPTER)[0] for outcome in outcomes}
     try:

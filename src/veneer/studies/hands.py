@@ -1,0 +1,201 @@
+"""Processes beside this one that make a lab's runs.
+
+Steps of a small model on few rows wait for the interpreter longer than for the arithmetic, and one process has one interpreter at work: two
+of a thread each make more runs than one of two threads. A run comes to the same wherever it is made.
+
+A line of JSON asks for a run, {"run": name, "config": TOML}; a line says that it has ended, {"run": name}, with "error": [class, words] if
+it failed. {"stop": true} asks for all runs at hand to be saved. The pipe's end is that of whoever asked: nobody waits for them any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import threading
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any, TextIO
+
+from veneer.train.config import RunConfig, make_config
+from veneer.types import RunError, VeneerError
+
+if TYPE_CHECKING:
+    from veneer.studies.lab import Lab
+
+LOG = logging.getLogger("veneer.studies")
+LOOK = 0.1
+"""Seconds between looks at whether to stop."""
+MAX_LINE = 2**20
+"""Bytes of what asks for a run."""
+
+
+class Hands:
+    """Up to ``count`` processes of ``command``, each of which calls ``serve``. They start when they are needed, and end with this one."""
+
+    def __init__(self, command: Sequence[str], count: int) -> None:
+        self._command, self._count = command, count
+        self._alive: list[_Hand] = []
+
+    async def make(self, name: str, config: RunConfig, stop: threading.Event) -> None:
+        """Have a run made, by the process that has the fewest at hand.
+
+        Raises:
+            Interrupted: ``stop`` was set; the run is saved.
+            RunError: the process ended.
+            VeneerError: as the run has it.
+        """
+        hand = self._freest()
+        ended = asyncio.wrap_future(hand.ask(name, config))
+        while not (await asyncio.wait([ended], timeout=LOOK))[0]:
+            if stop.is_set():
+                hand.stop()
+        await ended
+
+    def close(self) -> None:
+        """End them, whatever they do."""
+        for hand in self._alive:
+            hand.close()
+        self._alive.clear()
+
+    def __enter__(self) -> Hands:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _freest(self) -> _Hand:
+        self._alive = [hand for hand in self._alive if hand.serves]
+        least = min(self._alive, key=lambda hand: hand.busy, default=None)
+        if least is None or (least.busy and len(self._alive) < self._count):
+            least = _Hand(self._command)
+            self._alive.append(least)
+        return least
+
+
+class _Hand:
+    """One process, and a thread that listens to it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._asked: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._stopped = self._ended = False
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to answer
+        )
+        threading.Thread(target=self._listen, name="veneer-hand", daemon=True).start()
+
+    @property
+    def busy(self) -> int:
+        return len(self._asked)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it can be asked for anything more."""
+        return not self._stopped and not self._ended
+
+    def ask(self, name: str, config: RunConfig) -> Future[None]:
+        found = Future[None]()
+        found.set_running_or_notify_cancel()  # nobody but the listener ends it
+        with self._lock:
+            if self._ended:
+                found.set_exception(self._reason())
+                return found
+            self._asked[name] = found
+        self._tell({"run": name, "config": config.to_toml()})
+        return found
+
+    def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self._tell({"stop": True})
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # its end is heard
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            told = json.loads(line)
+            with self._lock:
+                found = self._asked.pop(told["run"])
+            if "error" in told:
+                found.set_exception(_raised(*told["error"]))
+            else:
+                found.set_result(None)
+        self._process.wait()
+        with self._lock:
+            self._ended = True
+            left = list(self._asked.values())
+            self._asked.clear()
+        for found in left:
+            found.set_exception(self._reason())
+
+    def _reason(self) -> VeneerError:
+        code = self._process.returncode
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return RunError(
+            f"a process that makes runs {how}, as it may where memory is short (--processes 1 needs the least); what was done is kept, "
+            "and the same command goes on from there"
+        )
+
+
+async def serve(lab: Lab, asked: IO[Any], answers: TextIO) -> None:
+    """Make the runs that are asked for, until it is said that they are to stop. If nobody is there any more the process ends at once:
+    what was saved is there to be gone on with, and a run's folder is free for whoever comes next."""
+    lines, stopped, runs = asyncio.StreamReader(limit=MAX_LINE), asyncio.Event(), set[asyncio.Task[None]]()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), asked)
+
+    async def listen() -> None:
+        while line := await lines.readline():
+            told = json.loads(line)
+            if "stop" in told:
+                lab.stop.set()
+                stopped.set()
+            else:
+                runs.add(asyncio.create_task(one(told["run"], make_config(tomllib.loads(told["config"])))))
+        os._exit(1)
+
+    async def one(name: str, config: RunConfig) -> None:
+        told: dict[str, Any] = {"run": name}
+        try:
+            await lab.make(config)
+        except Exception as error:
+            if not isinstance(error, VeneerError):  # a fault of ours, or of the user's environment: where it was is to be seen
+                LOG.exception("a run failed")
+            told["error"] = type(error).__name__, str(error)
+        print(json.dumps(told), file=answers, flush=True)
+
+    listening = asyncio.create_task(listen())
+    await stopped.wait()
+    await asyncio.gather(*runs)
+    listening.cancel()
+
+
+def _raised(name: str, words: str) -> Exception:
+    """An error as it was in the other process."""
+    known: dict[str, type[VeneerError]] = {kind.__name__: kind for kind in _kinds(VeneerError)}
+    return known[name](words) if name in known else RuntimeError(f"{name}: {words}")
+
+
+def _kinds(kind: type[VeneerError]) -> Iterator[type[VeneerError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
