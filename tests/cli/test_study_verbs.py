@@ -23,7 +23,7 @@ def veneer(tmp_path_factory: pytest.TempPathFactory) -> Generator[Veneer, None, 
 
 
 def test_a_study_is_interrupted_goes_on_and_is_reported(veneer: Veneer, home: Path) -> None:
-    running = veneer.start(home, "study", "run", "rank", *SMALL)
+    running = veneer.start(home, "study", "run", "rank", *SMALL, "--processes", "2")
     until(lambda: len(list(home.glob("studies/runs/*/outcome.json"))) >= 3)
     running.kill(signal.SIGINT)
     stopped = running.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from veneer.store.adapters import read_adapter
 from veneer.store.stack import stack_adapters
 from veneer.studies import merging
 from veneer.studies.contest import Terms
+from veneer.studies.lab import RECORD
 from veneer.studies.merging import BESIDE, Merged, _solved, answers_logprobs, conduct
 from veneer.studies.result import Result
 from veneer.types import Checkpoint, ConfigError, RunError, SamplingParams
@@ -43,6 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("merging")
 
 
+def never(*_: Any) -> Rounding:
+    raise AssertionError("merged again")
+
+
 def study(folder: Path, merge: Callable[..., Any], *more: str) -> Result:
     return asyncio.run(conduct(lab(folder, bench=Bench(), merge=merge), Terms(2, 1, (*SMALL, *more))))
 
@@ -55,7 +59,9 @@ def test_the_whole_study_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert result.findings[0].verdict == "equal"
     assert len(result.findings) == 1 + 2 + 2
     found = [Merged(**one) for one in result.document["merged"]]
-    assert [(one.dtype, one.seed, one.strength) for one in found] == list(itertools.product(merging.DTYPES, (0, 1), merging.STRENGTHS))
+    assert [(one.dtype, one.seed, one.strength) for one in found] == [
+        (dtype, seed, strength) for seed, dtype, strength in itertools.product((0, 1), merging.DTYPES, merging.STRENGTHS)
+    ]
     for one in found:
         if one.dtype == "float32":
             assert one.lost < 1e-2
@@ -68,7 +74,7 @@ def test_the_whole_study_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.
             assert one.lost == pytest.approx(1, abs=0.1)
             assert one.changed < 1e-2
             assert one.gap_share == pytest.approx(1, abs=0.1), "what is merged is the base again"
-    json.dumps(result.document)
+    assert study(folder, never).document == result.document, "and is not measured again"
     result.draw(tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count("<svg") == 1
 
@@ -77,6 +83,8 @@ def test_a_merging_that_halves_the_update_differs(folder: Path) -> None:
     def halved(base: str, checkpoint: Checkpoint, folder: Path, dtype: str) -> Rounding:
         return write_merged(base, stack_adapters([(checkpoint, 0.5)], "half"), folder, dtype)
 
+    for record in folder.glob(f"runs/*/{RECORD}"):
+        record.unlink()  # what was measured with the other
     result = study(folder, halved)
     assert result.findings[0].verdict == "differs"
     assert all(one["gap_share"] > 0.1 for one in result.document["merged"])

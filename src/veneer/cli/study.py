@@ -106,12 +106,13 @@ def run(
     def told(outcome: Outcome, done: int, of: int) -> None:
         print(f"{done:>4} of {of}  {outcome}", file=sys.stderr, flush=True)
 
-    lab = _lab(threads, device)
+    runs = folder / "runs"
+    lab = _lab(runs, threads, device)
     lab.side_by_side, lab.told = side_by_side, told
     lab.bench, lab.merge, lab.random_base = Bench(device), write_merged, write_random
     with ExitStack() as ends:
         if processes > 1:
-            command = [sys.executable, "-m", "veneer", "study", "make", "--threads", str(max(1, threads // processes)), "--device", device]
+            command = [sys.executable, "-m", "veneer", "study", "make", str(runs), str(max(1, threads // processes)), device]
             lab.hands = ends.enter_context(Hands(command, processes))
         if name == "all" or seconds is not None:
             _run_within(lab, studies, terms, seconds, folder, as_json)
@@ -168,7 +169,7 @@ def _run_within(lab: Lab, studies: Sequence[Study], full: Terms, seconds: float 
     emit(documents, as_json, lambda: print_table(("study", "findings", "made with"), rows, ""))
 
 
-def _lab(threads: int, device: str) -> Lab:
+def _lab(runs: Path, threads: int, device: str) -> Lab:
     """One that makes runs on engines of this process."""
     from veneer.cli.assemble import start
     from veneer.studies.lab import Lab, Place
@@ -177,14 +178,15 @@ def _lab(threads: int, device: str) -> Lab:
         machine = start(config.base, threads, config.weights, device)
         return Place(machine.engine, machine.renderer)
 
-    return Lab(_home() / "runs", open_place, device)
+    return Lab(runs, open_place, device)
 
 
 @command.command("make", hidden=True)
-@click.option("--threads", type=click.IntRange(1), required=True)
-@click.option("--device", required=True)
-def make(threads: int, device: str) -> None:
-    """Make the runs that are asked for on the standard input, as ``studies/hands.py`` has it; ``veneer study run`` starts it."""
+@click.argument("runs", type=click.Path(path_type=Path))
+@click.argument("threads", type=click.IntRange(1))
+@click.argument("device")
+def make(runs: Path, threads: int, device: str) -> None:
+    """Make in the folder RUNS what is asked for on the standard input, as ``studies/hands.py`` has it. ``veneer study run`` starts it."""
     import asyncio
     import os
     import sys
@@ -193,7 +195,7 @@ def make(threads: int, device: str) -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an environment prints is no answer
-    asyncio.run(serve(_lab(threads, device), sys.stdin, answers))
+    asyncio.run(serve(_lab(runs, threads, device), sys.stdin, answers))
 
 
 @command.command("article")

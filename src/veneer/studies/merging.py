@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,22 +97,27 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
         raise ConfigError("merging: this lab has nothing to merge with")
     merger = Merger(lab.merge, lab.bench)
     outcomes = await lab.run(configs)
-    renderer = lab.place(configs[0]).renderer
-    prompts = await problem_prompts(lab.place(configs[0]), configs[0])
-    adapters = [read_adapter(outcome.folder / ADAPTER)[0] for outcome in outcomes]
+    what = f"merged in {', '.join(DTYPES)} at {STRENGTHS}, {PROBLEMS} problems"
+    records = [await lab.measured(what, outcome.config, partial(_merge, lab, merger, outcome)) for outcome in outcomes]
+    return merging_result([Merged(**one) for record in records for one in record], outcomes)
+
+
+async def _merge(lab: Lab, merger: Merger, outcome: Outcome, config: RunConfig) -> list[dict[str, Any]]:
+    """An adapter in every dtype, at every strength."""
+    place, (adapter, _) = lab.place(config), read_adapter(outcome.folder / ADAPTER)
+    renderer, prompts = place.renderer, await problem_prompts(place, config)
     found = list[Merged]()
     with tempfile.TemporaryDirectory(prefix="veneer-merging-") as scratch:
         for dtype in DTYPES:
             folder = Path(scratch) / dtype
-            lab.merge(configs[0].base, stack_adapters([(adapters[0], 0.0)], BESIDE), folder, dtype)
-            place = Place(merger.open(folder), renderer)
-            for outcome, adapter in zip(outcomes, adapters, strict=True):
-                for strength in STRENGTHS:
-                    lab.go_on()
-                    checkpoint = stack_adapters([(_moved(adapter, place.engine), strength)], BESIDE)
-                    beside = await _beside(place, prompts, checkpoint, outcome.config)
-                    found.append(await merger.examine(folder, place, outcome, checkpoint, strength, dtype, beside))
-    return merging_result(found, outcomes)
+            merger.merge(config.base, stack_adapters([(adapter, 0.0)], BESIDE), folder, dtype)
+            rounded = Place(merger.open(folder), renderer)
+            for strength in STRENGTHS:
+                lab.go_on()
+                checkpoint = stack_adapters([(_moved(adapter, rounded.engine), strength)], BESIDE)
+                beside = await _beside(rounded, prompts, checkpoint, config)
+                found.append(await merger.examine(folder, rounded, outcome, checkpoint, strength, dtype, beside))
+    return [asdict(one) for one in found]
 
 
 def _moved(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
