@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -33,6 +34,9 @@ NOBODY = "0" * 64
 """No key has this hash: what a key with an unknown id is compared with, so that it takes as long."""
 USED_EVERY = 60.0
 """Seconds after which the time of the last use is written again."""
+LOOK = 0.1
+"""Seconds for which the file is taken to be as it was: looking gives the interpreter away several times, and with an engine at work each
+time waits for it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Key:
 
 
 class Keys:
-    """The keys of one home. Several processes may hold it; each sees at once what another one changed."""
+    """The keys of one home. Several processes may hold it; each sees what another one changed within ``LOOK``, and a new key at once."""
 
     def __init__(self, home: Path) -> None:
         """``home``: the server's folder.
@@ -68,6 +72,7 @@ class Keys:
                 self._db.execute(f"PRAGMA {pragma}")
             self._db.execute(SCHEMA)
         self._seen: object = None
+        self._looked = -math.inf
         self._by_id: dict[str, tuple[str, Key]] = {}
 
     @contextmanager
@@ -80,12 +85,14 @@ class Keys:
     # ------------------------------------------------ for the server
 
     def any(self) -> bool:
-        self._refresh()
+        self._refresh(LOOK)
         return bool(self._by_id)
 
     def find(self, key: str) -> Key | None:
         """Whose key it is; None: nobody's."""
-        self._refresh()
+        self._refresh(LOOK)
+        if _id(key) not in self._by_id:
+            self._refresh()
         hashed, known = self._by_id.get(_id(key), (NOBODY, None))
         return known if hmac.compare_digest(_hash(key), hashed) else None
 
@@ -97,10 +104,19 @@ class Keys:
             self._db.execute("UPDATE keys SET used = ? WHERE id = ?", (time.time(), key.id))
         except sqlite3.Error as error:  # a full disk is no reason to lock anybody out
             LOG.warning("the use of key %s was not noted: %s", key.id, error)
-        self._seen = None
+        self._changed()
 
-    def _refresh(self) -> None:
-        """Read the table again if it was changed: https://sqlite.org/pragma.html#pragma_data_version"""
+    def _changed(self) -> None:
+        """By this holder, of which the version of the file says nothing."""
+        self._seen, self._looked = None, -math.inf
+
+    def _refresh(self, after: float = 0.0) -> None:
+        """Read the table again if it was changed and last looked at ``after`` seconds ago or earlier:
+        https://sqlite.org/pragma.html#pragma_data_version"""
+        now = time.monotonic()
+        if now - self._looked < after:
+            return
+        self._looked = now
         with self._storage_errors():
             version = self._db.execute("PRAGMA data_version").fetchone()[0]
             if version != self._seen:
@@ -135,7 +151,7 @@ class Keys:
             if isinstance(error.__cause__, sqlite3.IntegrityError):
                 raise ConfigError(f"{name!r} has a key; revoke it first: veneer keys revoke {name}") from error
             raise
-        self._seen = None
+        self._changed()
         return key, known
 
     def revoke(self, name: str) -> Key:
@@ -150,7 +166,7 @@ class Keys:
             raise ConfigError(f"there is no key of name {name!r}; {hint}")
         with self._storage_errors():
             self._db.execute("DELETE FROM keys WHERE name = ?", [name])
-        self._seen = None
+        self._changed()
         return known[name]
 
     def close(self) -> None:

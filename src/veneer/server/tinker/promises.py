@@ -7,6 +7,7 @@ nobody waits for that: a lost answer is made again.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import secrets
@@ -58,6 +59,9 @@ class Promises:
         self._by_id: dict[str, Promise] = {}
         self._by_seq: dict[tuple[str, int], Promise] = {}
         self._writing: dict[tuple[str, int], asyncio.Future[Promise]] = {}
+        self._last: dict[str, int] = {}
+        """By target, the largest sequence number that was ever asked for: what comes behind it is new, and nobody need look for it."""
+        self._salt = secrets.token_bytes(16)
         self._next = 1 + (journal.read("SELECT max(number) FROM promises")[0][0] or 0)
         self._open: Counter[str] = Counter()
         """By owner."""
@@ -115,13 +119,14 @@ class Promises:
     ) -> tuple[Promise, bool]:
         """The promise for an operation, and whether it is new. A repeated (target, seq) gets the one it had. ``also`` is written in the
         same transaction; ``begin`` starts work that waits for no disk, and is in vain if nothing can be written."""
-        known = self._by_seq.get((target, seq)) or await self._waiting(target, seq) or self._stored("target = ? AND seq = ?", target, seq)
+        known = self._by_seq.get((target, seq)) or await self._waiting(target, seq) or self._earlier(target, seq)
         if known is not None:
             return known, False
         number, self._next = self._next, self._next + 1
-        promise = Promise(number, f"{number}-{secrets.token_hex(8)}", owner, target, seq, kind, body, facts, time.time())
+        promise = Promise(number, self._id(number), owner, target, seq, kind, body, facts, time.time())
         written = self._writing[target, seq] = asyncio.get_running_loop().create_future()
         self._open[owner] += 1
+        self._last[target] = max(self._last[target], seq)
         work = None if begin is None else begin(promise)
         try:
             sql = "INSERT INTO promises (number, id, owner, target, seq, kind, body, facts, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -146,6 +151,17 @@ class Promises:
         """A twin that is being written."""
         written = self._writing.get((target, seq))
         return None if written is None else await asyncio.shield(written)
+
+    def _id(self, number: int) -> str:
+        """That nobody can guess; of the system's own random numbers each would give the interpreter away."""
+        return f"{number}-{hashlib.blake2b(str(number).encode(), key=self._salt, digest_size=8).hexdigest()}"
+
+    def _earlier(self, target: str, seq: int) -> Promise | None:
+        """One that is not in memory any more."""
+        if target not in self._last:
+            last = self.journal.read("SELECT max(seq) FROM promises WHERE target = ?", [target])[0][0]
+            self._last[target] = -1 if last is None else last
+        return self._stored("target = ? AND seq = ?", target, seq) if seq <= self._last[target] else None
 
     def _stored(self, where: str, *values: Any) -> Promise | None:
         rows = self.journal.read(f"SELECT * FROM promises WHERE {where}", values)

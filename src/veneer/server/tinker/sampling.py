@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -191,4 +191,4 @@ def _targets(fields: requests.TensorFields, prompt: int) -> wire.PromptTargets:
 
 
 def new_seed(wanted: int | None) -> int:
-    return secrets.randbits(62) if wanted is None else wanted
+    return random.getrandbits(62) if wanted is None else wanted
