@@ -54,7 +54,7 @@ class Key:
 
 
 class Keys:
-    """The keys of one home. Several processes may hold it; each sees what another one changed within ``LOOK``, and a new key at once."""
+    """The keys of one home. Several processes may hold it; what one has changed the others know when ``create`` or ``revoke`` returns."""
 
     def __init__(self, home: Path) -> None:
         """``home``: the server's folder.
@@ -110,6 +110,11 @@ class Keys:
         """By this holder, of which the version of the file says nothing."""
         self._seen, self._looked = None, -math.inf
 
+    def _published(self) -> None:
+        """A key is made or gone: wait until every server has looked."""
+        self._changed()
+        time.sleep(LOOK)
+
     def _refresh(self, after: float = 0.0) -> None:
         """Read the table again if it was changed and last looked at ``after`` seconds ago or earlier:
         https://sqlite.org/pragma.html#pragma_data_version"""
@@ -151,7 +156,7 @@ class Keys:
             if isinstance(error.__cause__, sqlite3.IntegrityError):
                 raise ConfigError(f"{name!r} has a key; revoke it first: veneer keys revoke {name}") from error
             raise
-        self._changed()
+        self._published()
         return key, known
 
     def revoke(self, name: str) -> Key:
@@ -166,7 +171,7 @@ class Keys:
             raise ConfigError(f"there is no key of name {name!r}; {hint}")
         with self._storage_errors():
             self._db.execute("DELETE FROM keys WHERE name = ?", [name])
-        self._changed()
+        self._published()
         return known[name]
 
     def close(self) -> None:
