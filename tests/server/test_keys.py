@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from veneer.server.access import Caller, is_loopback
 from veneer.server.keys import Keys
-from veneer.types import ConfigError
+from veneer.types import ConfigError, StorageError
 
 
 def files_of(folder: Path) -> bytes:
@@ -63,6 +64,19 @@ def test_one_holder_sees_at_once_what_another_did(tmp_path: Path) -> None:
     assert not server.any()
     looking.join()
     command_line.create("bob", ["*"])
+    assert server.any()
+
+
+def test_a_file_that_cannot_be_read_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at the first request that finds it so, nor at those behind it."""
+    Keys(tmp_path).create("alice", ["*"])
+    server = Keys(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "_db", sqlite3.connect(tmp_path / "empty.sqlite"))
+        patch.setattr(server, "_seen", None)
+        for _ in range(3):
+            with pytest.raises(StorageError, match="cannot use"):
+                server.any()
     assert server.any()
 
 

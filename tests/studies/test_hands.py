@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_what_diverges_fails_or_prints_is_told(two: Lab, tmp_path: Path) -> None
     (one,) = asyncio.run(two.run([small(seed=5, rl={"steps": 6})]))
     (alone,) = asyncio.run(lab(tmp_path).run([small(seed=5, rl={"steps": 6})]))
     assert one.metrics == alone.metrics
+
+
+def test_files_that_were_changed_meanwhile_are_told(two: Lab) -> None:
+    """The run would have another digest there than here, and nobody would find it."""
+    assert isinstance(two.hands, Hands)
+    with pytest.raises(RunError, match="Veneer's files were changed since this command began"):
+        asyncio.run(two.hands.make("0123456789abcdef", small(), two.stop))
+
+
+def test_what_is_no_answer_ends_the_process() -> None:
+    """And the run is not waited for."""
+    odd = [sys.executable, "-c", "import sys; sys.stdin.readline(); print('hello', flush=True); sys.stdin.read()"]
+    with Hands(odd, 1) as hands, pytest.raises(RunError, match="was ended by signal 9"):
+        asyncio.run(hands.make("a", small(), threading.Event()))
 
 
 def test_stopped_they_save_and_end(tmp_path: Path) -> None:

@@ -138,6 +138,16 @@ def test_no_run_is_made_twice(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_that_somebody_else_made_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Two commands may want the same: the second has asked for it before the first was done."""
+    here = lab(tmp_path)
+    (one,) = asyncio.run(here.run([small()]))
+    files = {path: path.read_bytes() for path in one.folder.rglob("*") if path.is_file()}
+    asyncio.run(here.make(small(device="cpu")))
+    assert {path: path.read_bytes() for path in one.folder.rglob("*") if path.is_file()} == files
+    assert asyncio.run(lab(tmp_path, never).run([small()])) == [one]
+
+
 def never(config: RunConfig) -> Place:
     raise AssertionError("a run was made again")
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from veneer.studies.lab import Lab, Outcome
 
 
+MOST_PROCESSES = 4
+"""Unless somebody asks for more: with full copies of the base a process may take a gigabyte."""
+
+
 @click.group("study", short_help="Test a claim about low rank and reinforcement learning.")
 def command() -> None:
     """Each study asks one question: arms with swept learning rates, seeds, a noise floor, and a verdict with its interval. What is made is
@@ -53,13 +57,13 @@ def list_studies(as_json: bool) -> None:
 @click.option("--coarse", is_flag=True, help="Try every second learning rate only, and of several batch sizes the outermost.")
 @click.option("--budget", metavar="TIME", help="Such as 2h or 90m: small forms of all first, then larger ones until it is over.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of what all runs share. Repeatable.")
-@click.option("--side-by-side", type=click.IntRange(1), default=8, show_default=True, help="Runs at a time on one engine.")
+@click.option("--side-by-side", type=click.IntRange(1), default=8, show_default=True, help="Runs at a time, over all processes.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; as many as there are cores, unless given.")
 @click.option(
     "--processes",
     type=click.IntRange(1),
-    help="That runs are spread over, each with its part of the threads and the base in memory. On the CPU one for each thread, 1 if "
-    "another base is set, unless given.",
+    help="That runs are spread over, each with its part of the threads, and the base and the environment in memory. On the CPU one for "
+    "each thread up to 4, 1 if another base is set, unless given.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
 @json_option
@@ -101,7 +105,7 @@ def run(
     threads = threads or os.cpu_count() or 1
     if processes is None:
         large = device != "cpu" or any(override.partition("=")[0].strip() == "base" for override in overrides)
-        processes = 1 if large else min(threads, side_by_side)
+        processes = 1 if large else min(threads, side_by_side, MOST_PROCESSES)
 
     def told(outcome: Outcome, done: int, of: int) -> None:
         print(f"{done:>4} of {of}  {outcome}", file=sys.stderr, flush=True)
@@ -112,7 +116,7 @@ def run(
     lab.bench, lab.merge, lab.random_base = Bench(device), write_merged, write_random
     with ExitStack() as ends:
         if processes > 1:
-            command = [sys.executable, "-m", "veneer", "study", "make", str(runs), str(max(1, threads // processes)), device]
+            command = [sys.executable, "-P", "-m", "veneer", "study", "make", str(runs), str(max(1, threads // processes)), device]
             lab.hands = ends.enter_context(Hands(command, processes))
         if name == "all" or seconds is not None:
             _run_within(lab, studies, terms, seconds, folder, as_json)
@@ -189,13 +193,16 @@ def make(runs: Path, threads: int, device: str) -> None:
     """Make in the folder RUNS what is asked for on the standard input, as ``studies/hands.py`` has it. ``veneer study run`` starts it."""
     import asyncio
     import os
-    import sys
+    import signal
 
     from veneer.studies.hands import serve
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever an environment prints is no answer
-    asyncio.run(serve(_lab(runs, threads, device), sys.stdin, answers))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever asks for runs gets one too, and says that they are to stop
+    asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)  # whatever an environment reads or prints is no request and no answer
+    os.dup2(2, 1)
+    asyncio.run(serve(_lab(runs, threads, device), asked, answers))
 
 
 @command.command("article")

@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS keys (
   id TEXT PRIMARY KEY, hash TEXT NOT NULL, name TEXT NOT NULL UNIQUE, adapters TEXT NOT NULL, created REAL NOT NULL, used REAL)
 """
 NOBODY = "0" * 64
-"""No key has this hash: what a key with an unknown id is compared with, so that it takes as long."""
+"""No key has this hash: what a key with an unknown id is compared with. Ids are no secret: that one is unknown shows in the time."""
 USED_EVERY = 60.0
 """Seconds after which the time of the last use is written again."""
 LOOK = 0.1
@@ -121,13 +121,13 @@ class Keys:
         now = time.monotonic()
         if now - self._looked < after:
             return
-        self._looked = now
         with self._storage_errors():
             version = self._db.execute("PRAGMA data_version").fetchone()[0]
             if version != self._seen:
                 rows = self._db.execute("SELECT id, hash, name, adapters, created, used FROM keys ORDER BY created").fetchall()
                 self._by_id = {row[0]: (row[1], Key(row[0], row[2], tuple(json.loads(row[3])), row[4], row[5])) for row in rows}
                 self._seen = version
+        self._looked = now  # not where looking failed: the next request is to fail too, and not to be let in by what was known before
 
     # ------------------------------------------------ for the command line
 

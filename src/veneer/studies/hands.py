@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("veneer.studies")
 LOOK = 0.1
 """Seconds between looks at whether to stop."""
+GRACE = 5.0
+"""Seconds in which a process for which nobody waits ends by itself."""
 MAX_LINE = 2**20
 """Bytes of what asks for a run."""
 
@@ -51,6 +54,7 @@ class Hands:
         """
         hand = self._freest()
         ended = asyncio.wrap_future(hand.ask(name, config))
+        asyncio.get_running_loop().call_soon(hand.send)  # with those that are asked for now, which so begin together
         while not (await asyncio.wait([ended], timeout=LOOK))[0]:
             if stop.is_set():
                 hand.stop()
@@ -59,7 +63,9 @@ class Hands:
     def close(self) -> None:
         """End them, whatever they do."""
         for hand in self._alive:
-            hand.close()
+            hand.hang_up()
+        for hand in self._alive:
+            hand.end()
         self._alive.clear()
 
     def __enter__(self) -> Hands:
@@ -89,8 +95,11 @@ class _Hand:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # whatever is imported, it is what is imported here
             start_new_session=True,  # Ctrl-C is ours to answer
         )
+        assert self._process.stdin is not None
+        self._asking = self._process.stdin
         threading.Thread(target=self._listen, name="veneer-hand", daemon=True).start()
 
     @property
@@ -113,33 +122,38 @@ class _Hand:
         self._tell({"run": name, "config": config.to_toml()})
         return found
 
+    def send(self) -> None:
+        """What was asked for."""
+        with suppress(OSError, ValueError):  # its end is heard; or it has been hung up
+            self._asking.flush()
+
     def stop(self) -> None:
         if not self._stopped:
             self._stopped = True
             self._tell({"stop": True})
+            self.send()
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
+    def hang_up(self) -> None:
         with suppress(OSError):
-            self._process.stdin.close()
-        self._process.wait()
+            self._asking.close()
+
+    def end(self) -> None:
+        try:
+            self._process.wait(2 * GRACE)
+        except subprocess.TimeoutExpired:  # it loads a base, or is in an environment's own code
+            self._process.kill()
+            self._process.wait()
 
     def _tell(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with suppress(OSError):  # its end is heard
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+        with suppress(OSError, ValueError):
+            self._asking.write(json.dumps(message) + "\n")
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            told = json.loads(line)
-            with self._lock:
-                found = self._asked.pop(told["run"])
-            if "error" in told:
-                found.set_exception(_raised(*told["error"]))
-            else:
-                found.set_result(None)
+        try:
+            self._hear()
+        except Exception:  # no answer of ours: nothing more that it says can be trusted
+            LOG.exception("a process that makes runs cannot be understood")
+            self._process.kill()
         self._process.wait()
         with self._lock:
             self._ended = True
@@ -147,6 +161,18 @@ class _Hand:
             self._asked.clear()
         for found in left:
             found.set_exception(self._reason())
+
+    def _hear(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            for line in answers:
+                told = json.loads(line)
+                with self._lock:
+                    found = self._asked.pop(told["run"])
+                if "error" in told:
+                    found.set_exception(_raised(*told["error"]))
+                else:
+                    found.set_result(None)
 
     def _reason(self) -> VeneerError:
         code = self._process.returncode
@@ -158,8 +184,8 @@ class _Hand:
 
 
 async def serve(lab: Lab, asked: IO[Any], answers: TextIO) -> None:
-    """Make the runs that are asked for, until it is said that they are to stop. If nobody is there any more the process ends at once:
-    what was saved is there to be gone on with, and a run's folder is free for whoever comes next."""
+    """Make the runs that are asked for, until it is said that they are to stop. If nobody is there any more they are broken off: what was
+    saved is there to be gone on with, and a run's folder is free for whoever comes next."""
     lines, stopped, runs = asyncio.StreamReader(limit=MAX_LINE), asyncio.Event(), set[asyncio.Task[None]]()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), asked)
 
@@ -171,27 +197,40 @@ async def serve(lab: Lab, asked: IO[Any], answers: TextIO) -> None:
                 stopped.set()
             else:
                 runs.add(asyncio.create_task(one(told["run"], make_config(tomllib.loads(told["config"])))))
-        os._exit(1)
 
     async def one(name: str, config: RunConfig) -> None:
         told: dict[str, Any] = {"run": name}
         try:
+            if lab.folder_of(config).name != name:
+                raise RunError("Veneer's files were changed since this command began, and runs would be another version's; start it again")
             await lab.make(config)
         except Exception as error:
-            if not isinstance(error, VeneerError):  # a fault of ours, or of the user's environment: where it was is to be seen
+            if not isinstance(
+                error, VeneerError | MemoryError
+            ):  # a fault of ours, or of the user's environment: where it was is to be seen
                 LOG.exception("a run failed")
             told["error"] = type(error).__name__, str(error)
         print(json.dumps(told), file=answers, flush=True)
 
-    listening = asyncio.create_task(listen())
-    await stopped.wait()
-    await asyncio.gather(*runs)
+    listening, stopping = asyncio.create_task(listen()), asyncio.create_task(stopped.wait())
+    await asyncio.wait([listening, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not listening.done():
+        await asyncio.wait([listening, asyncio.gather(*runs, return_exceptions=True)], return_when=asyncio.FIRST_COMPLETED)
+    if listening.done():
+        last = threading.Timer(GRACE, os._exit, [1])
+        last.daemon = True
+        last.start()
+        for run in runs:
+            run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+        listening.result()
     listening.cancel()
+    stopping.cancel()
 
 
 def _raised(name: str, words: str) -> Exception:
     """An error as it was in the other process."""
-    known: dict[str, type[VeneerError]] = {kind.__name__: kind for kind in _kinds(VeneerError)}
+    known: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*_kinds(VeneerError), MemoryError)}
     return known[name](words) if name in known else RuntimeError(f"{name}: {words}")
 
 

@@ -118,7 +118,7 @@ class Lab:
     device: str = "cpu"
     """Of all runs, as "cpu" or "cuda"."""
     side_by_side: int = 8
-    """Runs at a time: as many adapters on one engine."""
+    """Runs at a time: as many adapters on one engine, or on those of all processes."""
     told: Callable[[Outcome, int, int], None] = lambda outcome, done, of: None
     """Of every run that ends: how many of those asked for are there."""
     stop: threading.Event = field(default_factory=threading.Event)
@@ -144,7 +144,7 @@ class Lab:
             VeneerError: as a run has it, but for a divergence; the others are saved first.
         """
         configs = [config.model_copy(update={"device": self.device}) for config in configs]
-        wanted = {self._folder(config): config for config in configs}
+        wanted = {self.folder_of(config): config for config in configs}
         found: dict[Path, Outcome] = {}
         for place in dict.fromkeys(_place_of(config) for config in wanted.values()):
             those = {folder: config for folder, config in wanted.items() if _place_of(config) == place}
@@ -158,7 +158,7 @@ class Lab:
                     self.told(found[folder], len(found), len(wanted))
 
             await self.together([one(folder, config) for folder, config in those.items()])
-        return [found[self._folder(config)] for config in configs]
+        return [found[self.folder_of(config)] for config in configs]
 
     def trainable(self, config: RunConfig) -> int:
         """How many parameters a run trains.
@@ -197,7 +197,7 @@ class Lab:
             Interrupted, VeneerError: as ``run``.
         """
         self.go_on()
-        await self._make(self._folder(config), config, self.place(config))
+        await self._make(self.folder_of(config), config, self.place(config))
 
     async def _one(self, folder: Path, config: RunConfig, here: bool) -> Outcome:
         done = folder / OUTCOME
@@ -237,7 +237,7 @@ class Lab:
             VeneerError: as ``measure`` has it.
         """
         config = config.model_copy(update={"device": self.device})
-        path = self._folder(config, what) / RECORD
+        path = self.folder_of(config, what) / RECORD
         if not path.is_file():
             self.go_on()
             text = json.dumps({"what": what, "found": await measure(config)}) + "\n"
@@ -251,6 +251,9 @@ class Lab:
         diverged = None
         init = _first(config)
         run = Run(folder, config.to_toml())
+        if (folder / OUTCOME).is_file():  # made by somebody else while this one waited for a process or a base
+            run.close()
+            return
         session = Session(place.engine, place.renderer, config, run, init, stop=self.stop)
         await asyncio.sleep(0)  # sessions use the engine as they begin, and what begins together is to stay in step: passes are merged
         try:
@@ -267,7 +270,7 @@ class Lab:
                 place.engine.remove_adapter(session.adapter)
             run.close()
 
-    def _folder(self, config: RunConfig, what: str = "") -> Path:
+    def folder_of(self, config: RunConfig, what: str = "") -> Path:
         """Named by all that decides what a run or a measurement comes to: its settings, what it reads, wherever that lies, and Veneer's own
         files.
 

@@ -26,6 +26,7 @@ from veneer.envs import load_env
 from veneer.measure.verdict import compare_seeds, t_interval
 from veneer.store.adapters import read_adapter
 from veneer.store.stack import stack_adapters
+from veneer.studies import toggle
 from veneer.studies.bench import Bench, Merge
 from veneer.studies.contest import Terms, overridden
 from veneer.studies.drawing import picture
@@ -97,7 +98,8 @@ async def conduct(lab: Lab, terms: Terms) -> Result:
         raise ConfigError("merging: this lab has nothing to merge with")
     merger = Merger(lab.merge, lab.bench)
     outcomes = await lab.run(configs)
-    what = f"merged in {', '.join(DTYPES)} at {STRENGTHS}, {PROBLEMS} problems"
+    asked = f"{toggle.PROMPTS} x {toggle.ANSWERS} answers of {toggle.LENGTH} tokens"
+    what = f"merged in {', '.join(DTYPES)} at {STRENGTHS}, {PROBLEMS} problems, {asked}"
     records = [await lab.measured(what, outcome.config, partial(_merge, lab, merger, outcome)) for outcome in outcomes]
     return merging_result([Merged(**one) for record in records for one in record], outcomes)
 

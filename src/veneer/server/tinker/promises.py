@@ -212,4 +212,6 @@ class Promises:
         now = time.time()
         for promise in [p for p in self._by_id.values() if p.done_at is not None and now - p.done_at > IN_MEMORY and not p.body]:
             del self._by_id[promise.id], self._by_seq[promise.target, promise.seq]
+        at_hand = {target for target, _ in (*self._by_seq, *self._writing)}
+        self._last = {target: last for target, last in self._last.items() if target in at_hand}
         self.journal.note(("DELETE FROM promises WHERE done < ? AND body IS NULL", (now - KEPT,)))
