@@ -283,8 +283,11 @@ def _draw(paths: Mapping[str, Sequence[Course]], path: Path) -> None:
                 right.plot([p.kl for p in points], [p.lost for p in points], color=colour, linewidth=0, marker=".")
         kl, lost = _columns([one for found in paths.values() for one in found])
         a, b, _ = parabola(kl, lost)
-        along = np.linspace(0, float(kl.max(initial=0.0)), 60)
+        along = np.concatenate([np.linspace(0, 1, 20), np.geomspace(1, max(2.0, float(kl.max(initial=0.0))), 60)])
         right.plot(along, a * along + b * along**2, color="#999999", linewidth=0.8)
         left.set(xlabel="accuracy on sums", ylabel="KL(first to trained), nats an episode")
         right.set(xlabel="KL(first to trained), nats an episode", ylabel="reward lost elsewhere")
-        left.legend(frameon=False, fontsize=7)
+        left.set_yscale("symlog", linthresh=1.0)  # ways that stay near are a hundredth of those that do not
+        right.set_xscale("symlog", linthresh=1.0)
+        right.set_yscale("symlog", linthresh=0.02)
+        left.legend(frameon=False, fontsize=7, loc="lower right")
