@@ -101,8 +101,8 @@ def test_a_base_that_was_changed_is_found(folder: Path, monkeypatch: pytest.Monk
     study(folder, Opened())
     opener, runs = Opened(), Lab.run
 
-    async def and_a_bit(self: Lab, configs: list) -> list:
-        outcomes = await runs(self, configs)
+    async def and_a_bit(self: Lab, configs: list, **more: bool) -> list:
+        outcomes = await runs(self, configs, **more)
         weight = opener.engines[0].base.model.model.layers[0].mlp.down_proj.weight
         with torch.no_grad():
             weight[0, 0] = weight[0, 0] * (1 + 2**-10) + 2**-10
