@@ -74,7 +74,7 @@ def math_rl(stage: Stage) -> Figures:
         "dataset": "chats/steps.jsonl",
         "train_on_what": "last_assistant_message",
         "batch_size": 32,
-        "max_steps": 60,
+        "max_steps": 40,
         "learning_rate": 2e-3,
     }
     common = {"model_name": MODEL, "renderer_name": "qwen3", "eval_every": 0, "save_every": 0, "behavior_if_log_dir_exists": "delete"}
