@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +111,8 @@ def run(
         print(f"{done:>4} of {of}  {outcome}", file=sys.stderr, flush=True)
 
     runs = folder / "runs"
-    lab = _lab(runs, threads, device)
-    lab.side_by_side, lab.told = side_by_side, told
-    lab.bench, lab.merge, lab.random_base = Bench(device), write_merged, write_random
+    engines = {"bench": Bench(device), "merge": write_merged, "random_base": write_random}
+    lab = replace(_lab(runs, threads, device), side_by_side=side_by_side, told=told, **engines)
     with ExitStack() as ends:
         if processes > 1:
             command = [sys.executable, "-P", "-m", "veneer", "study", "make", str(runs), str(max(1, threads // processes)), device]

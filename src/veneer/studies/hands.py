@@ -205,10 +205,8 @@ async def serve(lab: Lab, asked: IO[Any], answers: TextIO) -> None:
                 raise RunError("Veneer's files were changed since this command began, and runs would be another version's; start it again")
             await lab.make(config)
         except Exception as error:
-            if not isinstance(
-                error, VeneerError | MemoryError
-            ):  # a fault of ours, or of the user's environment: where it was is to be seen
-                LOG.exception("a run failed")
+            if not isinstance(error, VeneerError | MemoryError):
+                LOG.exception("a run failed")  # a fault of ours, or of an environment: where it was is to be seen
             told["error"] = type(error).__name__, str(error)
         print(json.dumps(told), file=answers, flush=True)
 
