@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections.abc import Generator
 from pathlib import Path
 
@@ -23,14 +22,24 @@ def server(home: Path) -> Generator[Server, None, None]:
         yield server
 
 
-def test_an_error_that_nobody_foresaw(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    """A table is gone: 500 with the request's id and one line; the traceback stands in the log, under that id, and the server goes on."""
-    with sqlite3.connect(server.home / "server/tinker/state.sqlite") as db:
-        db.execute("DROP TABLE links")
-    answer = server.ask("GET", "/api/v1/files/token/name")
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/v1/training_runs"), ("POST", "/api/v1/asample"), ("POST", "/v1/completions")])
+def test_an_error_that_nobody_foresaw(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, method: str, path: str
+) -> None:
+    """500 with the request's id and one line, in each API's own shape; the traceback stands in the log, once, under that id, and the
+    server goes on."""
+
+    def broken(*_args: object, **_more: object) -> None:
+        raise ZeroDivisionError("inside")
+
+    for name in ("tinker.service.Tinker.rows", "tinker.service.Tinker.sample", "openai.routes.answer_completion"):
+        monkeypatch.setattr(f"veneer.server.{name}", broken)
+    answer = server.ask(method, path, json={"model": "nano", "prompt": "x"} if method == "POST" else None)
     assert answer.status_code == 500
-    assert answer.json() == {"detail": UNKNOWN}
-    record = next(record for record in caplog.records if answer.headers["x-request-id"] in record.getMessage())
+    assert UNKNOWN in answer.text
+    assert "inside" not in answer.text
+    assert ("error" if path.startswith("/v1") else "detail") in answer.json()
+    (record,) = (record for record in caplog.records if answer.headers["x-request-id"] in record.getMessage())
     assert record.exc_info is not None
     assert server.ask("GET", "/healthz").status_code == 200
 

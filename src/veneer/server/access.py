@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -86,6 +87,7 @@ def key_in(headers: Headers) -> str | None:
     return given
 
 
+@lru_cache(1024)
 def is_loopback(host: str) -> bool:
     """Whether a name or address can only be this machine."""
     if host == "localhost" or host.endswith(".localhost"):  # https://www.rfc-editor.org/rfc/rfc6761#section-6.3
@@ -114,6 +116,7 @@ def _check_browser(headers: Headers) -> None:
     raise Forbidden("without keys this server answers programs of its own machine, under localhost; make a key: veneer keys create")
 
 
+@lru_cache(1024)
 def _host_of(url: str) -> str:
     try:
         return urlsplit(url).hostname or ""

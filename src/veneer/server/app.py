@@ -11,11 +11,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from veneer.server.access import CheckAccess
 from veneer.server.bases import Bases
+from veneer.server.direct import Direct
 from veneer.server.envelope import Envelope, Routes
-from veneer.server.errors import Answers
+from veneer.server.errors import UNKNOWN, Answers
 from veneer.server.health import Health, add_health
 from veneer.server.keys import Keys
 from veneer.server.limits import LimitBody, LimitRate, Limits
@@ -43,7 +45,7 @@ def make_app(
     registry: Registry | None = None,
     lora_dir: Path | None = None,
     room: int = ROOM,
-) -> FastAPI:
+) -> ASGIApp:
     """``home``: where the server keeps its keys and its state. ``log``: where a line for each request goes, if anywhere. ``registry``:
     the adapters that it serves; None: those of VENEER_HOME. ``lora_dir``: from inside of it clients may load adapters. ``room``: bytes
     for runs in memory."""
@@ -65,28 +67,28 @@ def make_app(
             log.close()
 
     app = FastAPI(title="Veneer", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.include_router(tinker_routes(tinker))
-    app.include_router(openai_routes(answering, management))
+    routers = (tinker_routes(tinker), openai_routes(answering, management))
+    for router in routers:
+        app.include_router(router)
     add_health(app, Health(worker, tinker.journal))
     metrics = Metrics(bases, worker, tinker)
     add_metrics(app, metrics)
     answers = Answers({OPENAI: error_body})
     _add_errors(app, answers)
-    _add_checks(app, keys, limits or Limits())
-    app.add_middleware(Envelope, answers=answers, routes=Routes(app), metrics=metrics, log=log)
-    return app
+    checked = _checked(Direct(app, routers), keys, limits or Limits())
+    return Envelope(checked, answers, Routes(app), metrics, log)
 
 
-def _add_checks(app: FastAPI, keys: Keys, limits: Limits) -> None:
-    """What every request passes, the last one first: who asks, how often, how much. What any of them raises the envelope answers."""
-    app.add_middleware(LimitBody, limits=limits)
+def _checked(app: ASGIApp, keys: Keys, limits: Limits) -> ASGIApp:
+    """What every request passes: who asks, how often, how much. What any of it raises the envelope answers."""
+    app = LimitBody(app, limits)
     if limits.rate is not None:
-        app.add_middleware(LimitRate, rate=limits.rate)
-    app.add_middleware(CheckAccess, keys=keys)
+        app = LimitRate(app, limits.rate)
+    return CheckAccess(app, keys)
 
 
 def _add_errors(app: FastAPI, answers: Answers) -> None:
-    """Each error is one line of JSON with its status. What is no error of ours the envelope logs, and does not show."""
+    """Each error is one line of JSON with its status. What is no error of ours is raised on after its answer, and the envelope logs it."""
 
     @app.exception_handler(VeneerError)
     async def ours(request: Request, error: VeneerError) -> Response:
@@ -102,3 +104,7 @@ def _add_errors(app: FastAPI, answers: Answers) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         return answers.text(request.scope, error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, _error: Exception) -> Response:
+        return answers.text(request.scope, 500, UNKNOWN)

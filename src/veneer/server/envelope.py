@@ -33,7 +33,7 @@ LONGEST_TEXT = 200
 
 
 class Envelope:
-    """The outermost ASGI middleware."""
+    """Around the whole application, FastAPI's own errors among it."""
 
     def __init__(self, app: ASGIApp, answers: Answers, routes: Routes, metrics: Metrics, log: AccessLog | None) -> None:
         self.app, self.answers, self.routes, self.metrics, self.log = app, answers, routes, metrics, log
@@ -93,6 +93,8 @@ class Exchange:
         self.started = time.perf_counter()
         self.bytes_in = self.bytes_out = 0
         self.status: int | None = None
+        self.answered = False
+        """Whole."""
         self.digest: str | None = None
 
     async def receive(self) -> Message:
@@ -107,10 +109,13 @@ class Exchange:
             headers[REQUEST_ID] = self.id
             self.digest = headers.get(DIGEST)
         self.bytes_out += len(message.get("body", b""))
+        self.answered = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
     async def conclude(self, error: Exception, response: Callable[..., Any]) -> None:
         """Send the answer to an error. If another one is under way the connection breaks off, so that nobody takes it for whole."""
+        if self.answered:
+            return
         if self.status is not None:
             raise error
         await response(self.scope, self.receive, self.send)
