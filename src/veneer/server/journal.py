@@ -13,15 +13,18 @@ import logging
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from veneer.types import StorageError
 
 LOG = logging.getLogger("veneer.server")
 Statement = tuple[str, Sequence[Any]]
+Job = tuple[Sequence[Statement], asyncio.Future[None] | None]
+SOON = 0.02
+"""Seconds for which a note waits for company: each time that the writer wakes up it takes the interpreter from the engines."""
 PULSE = "CREATE TABLE IF NOT EXISTS pulse (one INTEGER PRIMARY KEY, at REAL NOT NULL);"
 
 
@@ -33,7 +36,8 @@ class Journal:
         self.path = path
         self._reader = self._open()
         self._reader.executescript(schema + PULSE)
-        self._queue: SimpleQueue[tuple[Sequence[Statement], asyncio.Future[None] | None] | None] = SimpleQueue()
+        self._jobs: deque[Job] = deque()
+        self._awake, self._closing, self._noted = threading.Event(), False, False
         self._thread = threading.Thread(target=self._work, name="veneer-journal", daemon=True)
         self._thread.start()
 
@@ -53,12 +57,21 @@ class Journal:
             StorageError: they are not on the disk, none of them.
         """
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.put((statements, written))
+        self._jobs.append((statements, written))
+        self._awake.set()
         await written
 
     def note(self, *statements: Statement) -> None:
         """As ``write``, for what can be made again: nobody waits, and a failure costs nothing but time after a restart."""
-        self._queue.put((statements, None))
+        self._jobs.append((statements, None))
+        if not self._noted:
+            self._noted = True
+            asyncio.get_running_loop().call_later(SOON, self._write_notes)
+
+    def _write_notes(self) -> None:
+        self._noted = False
+        if self._jobs:
+            self._awake.set()
 
     async def pulse(self) -> None:
         """Write something that nobody reads, to see whether it can be done.
@@ -70,7 +83,8 @@ class Journal:
 
     def close(self) -> None:
         """Write what is left."""
-        self._queue.put(None)
+        self._closing = True
+        self._awake.set()
         self._thread.join()
         self._reader.close()
 
@@ -78,11 +92,12 @@ class Journal:
         connection = self._open()
         going = True
         while going:
-            batch = [self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get())
-            going = None not in batch
-            jobs = [job for job in batch if job is not None]
+            self._awake.wait()
+            self._awake.clear()
+            going = not self._closing
+            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+            if not jobs:
+                continue
             error = self._commit(connection, [statement for statements, _ in jobs for statement in statements])
             if error is not None and len(jobs) > 1:  # one bad job must not take the others with it
                 for statements, written in jobs:
