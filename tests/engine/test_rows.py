@@ -9,7 +9,7 @@ from engine_tools import FREE, add_random_adapter, datum, lora_engine, prompt, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.engine.rows import Line, Rows
+from veneer.engine.rows import BEHIND, Line, Rows
 from veneer.types import AdamParams, LoraConfig
 
 STEP = AdamParams(learning_rate=1e-2)
@@ -37,6 +37,22 @@ def test_pieces_never_overlap_and_nothing_is_lost(calls: list[tuple[bool, int]])
     if length:
         assert line.take(length) == 0, "what was given back is one piece again"
         assert len(line.tensor) == length
+
+
+def test_a_line_that_grows_within_its_room_stays_where_it_is() -> None:
+    """A server takes in an adapter a training step; all others were copied for it. Where a matrix lies decides how some libraries sum."""
+    line = Line(torch.device("cpu"))
+    first = line.take(160)
+    where = line.tensor.data_ptr()
+    assert where % 64 == 0
+    line.tensor[first : first + 160] = 1.0
+    for _ in range(50):
+        assert not line.tensor[(at := line.take(1600)) : at + 1600].any()
+    assert line.tensor.data_ptr() == where
+    line.take(BEHIND)
+    assert line.tensor.data_ptr() != where
+    assert line.tensor.data_ptr() % 64 == 0
+    assert (line.tensor[first : first + 160] == 1.0).all()
 
 
 def test_an_adapter_takes_its_own_size() -> None:

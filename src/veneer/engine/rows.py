@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +20,22 @@ AT_ONCE = {"cpu": 2**16, "cuda": 2**28}
 more."""
 ALIGNED = 16
 """Every adapter begins at a multiple of this many numbers: where a matrix lies in memory may decide how a library sums."""
+BEHIND = 2**23
+"""Numbers that a line on a CPU may grow by in its place. A server takes in an adapter a training step, and to copy all others took longer
+than the load itself."""
 
 
 class Line:
     """One tensor that pieces of any length are taken from and given back to."""
 
     def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros(0, device=device)
+        self._room = self.tensor = torch.zeros(0, device=device)
+        """What the line may grow into where it is; it begins there."""
         self._gaps: list[tuple[int, int]] = []
         """(begin, end) of what is free, in order, no two of which touch."""
 
     def take(self, size: int) -> int:
-        """Where ``size`` zeros begin. The line grows, and the tensor moves, when there is no room."""
+        """Where ``size`` zeros begin. The line grows, and the tensor may move, when there is no room."""
         at = next((i for i, (begin, end) in enumerate(self._gaps) if end - begin >= size), None)
         if at is None:
             self._grow(size)
@@ -55,9 +60,20 @@ class Line:
         old, length = self.tensor, len(self.tensor)
         tail = length - self._gaps[-1][0] if self._gaps and self._gaps[-1][1] == length else 0
         new = max(length + size - tail, length + length // 2 // ALIGNED * ALIGNED)
-        self.tensor = torch.zeros(new, device=old.device)
-        self.tensor[:length] = old
+        if new > len(self._room):
+            self._room = _zeros(new, old.device)
+            self._room[:length] = old
+        self.tensor = self._room[:new]
         self.give(length, new - length)
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    """At least ``size`` numbers. On a CPU more: of memory that nobody has written to the system has none yet."""
+    if device.type != "cpu":
+        return torch.zeros(size, device=device)
+    raw = np.zeros(size + BEHIND + ALIGNED, np.float32)
+    skipped = -raw.ctypes.data % (4 * ALIGNED) // 4
+    return torch.from_numpy(raw[skipped : skipped + size + BEHIND])
 
 
 @dataclass
