@@ -115,6 +115,8 @@ class LoraStack:
             self.thin = ThinAdapters(self.products, {name: linear.out_features for name, linear in self.linears.items()})
         self._matched: dict[LoraConfig, list[str]] = {}
         self._kept_parts: dict[tuple[int, int], dict[str, Part]] = {}
+        self._training_parts: dict[int, tuple[Tensor, dict[str, Part]]] = {}
+        """By slot, with the row that they are views of."""
         self._stackable: dict[tuple[int | None, ...], bool] = {}
         self._lane = threading.local()
         if self.fused is None:
@@ -187,6 +189,7 @@ class LoraStack:
     def _forget(self) -> None:
         """Views and shapes that were kept; the rows may have moved."""
         self._kept_parts.clear()
+        self._training_parts.clear()
         self._stackable.clear()
 
     def views(self, slot: int, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -265,8 +268,18 @@ class LoraStack:
         tokens, wanted = [s.tokens for s in flat.segments], [s.wanted for s in flat.segments]
         if published:
             return self._published_updates(flat, tokens), self._published_updates(flat, wanted)
-        parts = [None if s.slot is None else self._parts_of(s.slot, self.rows.training(s.slot)) for s in flat.segments]
+        parts = [None if s.slot is None else self._parts_in_training(s.slot) for s in flat.segments]
         return Active(tokens, parts), Active(wanted, parts)
+
+    def _parts_in_training(self, slot: int) -> dict[str, Part]:
+        row = self.rows.training(slot)
+        kept, parts = self._training_parts.get(slot, (None, None))
+        if parts is None or kept is not row:
+            if slot not in self.rows.trained:
+                return self._published_parts(slot) or {}
+            parts = self._parts_of(slot, row)
+            self._training_parts[slot] = row, parts
+        return parts
 
     def _published_updates(self, flat: Flat, counts: Sequence[int]) -> Updates:
         """What the segments add to their ``counts`` rows."""

@@ -181,7 +181,7 @@ def _datum(item: Any, loss_fn: str) -> Datum:
             return np.ones(targets.shape, np.float32)
         if inputs[name].shape != targets.shape:
             raise DataError(f"{name} has shape {list(inputs[name].shape)} and target_tokens {list(targets.shape)}; they must be the same")
-        return inputs[name].astype(np.float32)
+        return inputs[name].astype(np.float32, copy=False)
 
     weights = floats("weights")
     if loss_fn == "cross_entropy":
@@ -203,6 +203,8 @@ def _text_tokens(chunks: Sequence[Any]) -> Tokens:
         if len(chunk.encoded_text.tokens) % 4:
             raise DataError("the tokens of a chunk must be int32 numbers")
         parts.append(np.frombuffer(chunk.encoded_text.tokens, "<i4").astype(np.int64))
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
