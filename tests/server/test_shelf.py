@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -145,31 +146,44 @@ def test_many_who_ask_at_once_are_one_load_and_one_proof() -> None:
 
 
 def test_what_was_brought_is_there_and_proven_when_asked_for() -> None:
-    """A snapshot is loaded while its client is still being answered; one that cannot be loaded fails whoever asks for it."""
+    """A snapshot is loaded from memory while its client is still being answered; what was stored of it must be sound when it is used."""
 
     async def work(shelf: Shelf, made: list[Checkpoint]) -> None:
-        proofs = []
+        proofs, reads = [], []
 
         async def prove(name: str, checkpoint: Checkpoint) -> None:
             proofs.append(name)
 
+        def read() -> Checkpoint:
+            reads.append(1)
+            return made[0]
+
         shelf.prove = prove
-        shelf.bring(digest(made[0]), lambda: made[0])
-
-        def never() -> Checkpoint:
-            raise AssertionError("it was read twice")
-
-        async with shelf.hold(digest(made[0]), never):
-            assert proofs == [digest(made[0])]
+        shelf.bring(digest(made[0]), made[0], read)
+        while not shelf.size:
+            await asyncio.sleep(0.01)
+        assert not proofs
+        assert not reads
+        for _ in range(2):
+            async with shelf.hold(digest(made[0]), read):
+                assert proofs == [digest(made[0])]
+                assert reads == [1]
 
         def broken() -> Checkpoint:
             raise AdapterError("the folder is damaged")
 
-        shelf.bring(digest(made[1]), broken)
-        while digest(made[1]) in shelf:
+        shelf.bring(digest(made[1]), made[1], broken)
+        for _ in range(2):
+            with pytest.raises(AdapterError, match="the folder is damaged"):
+                await shelf.hold(digest(made[1]), broken).__aenter__()
+            assert digest(made[1]) not in shelf
+
+        other = dataclasses.replace(made[2], adapter=dataclasses.replace(made[2].adapter, base_digest="0" * 64))
+        shelf.bring(digest(other), other, lambda: other)
+        while digest(other) in shelf:
             await asyncio.sleep(0.01)
-        with pytest.raises(AdapterError, match="the folder is damaged"):
-            await shelf.hold(digest(made[1]), broken).__aenter__()
+        with pytest.raises(AdapterError, match="was made for base"):
+            await shelf.hold(digest(other), lambda: other).__aenter__()
 
     on_a_shelf(work)
 

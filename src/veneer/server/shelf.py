@@ -22,6 +22,8 @@ FLOAT32 = 4
 @dataclass
 class _Place:
     loaded: asyncio.Task[None]
+    unread: Callable[[], Checkpoint] | None = None
+    """Reads what is stored of an adapter that came from memory, until the proof asks for it."""
     proven: asyncio.Task[None] | None = None
     """Begins when somebody asks for the adapter."""
     checkpoint: Checkpoint | None = None
@@ -88,28 +90,28 @@ class Shelf:
             place.users -= 1
             self._make_room()
 
-    def bring(self, digest: str, read: Callable[[], Checkpoint]) -> None:
-        """Load an adapter that somebody will ask for soon. If that fails it is not there, and whoever asks for it is told why."""
+    def bring(self, digest: str, checkpoint: Checkpoint, read: Callable[[], Checkpoint]) -> None:
+        """Load an adapter that is in memory, and that somebody will ask for soon; ``read`` is for then, when what is stored must be sound
+        too. If that fails it is not there, and whoever asks for it is told why."""
         if digest in self._places:
             self._places.move_to_end(digest)
         else:
-            self._begin(digest, read).loaded.add_done_callback(lambda _: self._make_room())
+            self._begin(digest, read, checkpoint).loaded.add_done_callback(lambda _: self._make_room())
 
-    def _begin(self, digest: str, read: Callable[[], Checkpoint]) -> _Place:
+    def _begin(self, digest: str, read: Callable[[], Checkpoint], known: Checkpoint | None = None) -> _Place:
         async def loading() -> None:
             try:
-                await self._load(place, digest, read)
+                await self._load(place, digest, known or await asyncio.to_thread(read))
             except BaseException:
                 if self._places.get(digest) is place:
                     del self._places[digest]
                 raise
 
-        place = self._places[digest] = _Place(asyncio.create_task(loading()))
+        place = self._places[digest] = _Place(asyncio.create_task(loading()), None if known is None else read)
         place.loaded.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())  # seen
         return place
 
-    async def _load(self, place: _Place, digest: str, read: Callable[[], Checkpoint]) -> None:
-        checkpoint = await asyncio.to_thread(read)
+    async def _load(self, place: _Place, digest: str, checkpoint: Checkpoint) -> None:
         place.size = FLOAT32 * sum(array.size for array in checkpoint.weights.values())
         await self.worker.ask(self.engine, lambda: self.engine.load_state(digest, checkpoint))
         place.checkpoint = checkpoint if checkpoint.canary is None else dataclasses.replace(checkpoint, weights={}, optimizer={})
@@ -117,10 +119,14 @@ class Shelf:
     async def _prove(self, place: _Place, digest: str) -> None:
         await asyncio.shield(place.loaded)
         checkpoint, place.checkpoint = place.checkpoint, None
-        if self.prove is None or checkpoint is None:
-            return
+        unread, place.unread = place.unread, None
+        proofs: list[Awaitable[object]] = []
+        if self.prove is not None and checkpoint is not None:
+            proofs.append(self.prove(digest, checkpoint))
+        if unread is not None:
+            proofs.append(asyncio.to_thread(unread))
         try:
-            await self.prove(digest, checkpoint)
+            await asyncio.gather(*proofs)
         except BaseException:
             if self._places.get(digest) is place:
                 self._remove(digest)

@@ -15,7 +15,7 @@ from veneer.types import Engine, Future, RunError
 T = TypeVar("T")
 LOG = logging.getLogger("veneer.server")
 PAUSE, LONGEST = 0.002, 0.01
-"""Seconds for which an engine that has nothing to do waits for another request of a crowd, and for all of it at most."""
+"""Seconds within which another request of a crowd comes, if any does, and for which an engine that has nothing to do waits at most."""
 LAST_STEP = 30.0
 """Seconds that a step may take when the server ends."""
 
@@ -33,7 +33,9 @@ class Worker:
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = threading.Event()
         self._open: dict[Engine, set[Future[object]]] = {engine: set() for engine in engines}
-        self._stopping = self._crowd = False
+        self._stopping = False
+        self._crowd = 0.0
+        """When the newest request of a crowd was asked for."""
         self._thread = threading.Thread(target=self._work, name="veneer-engines", daemon=True)
         self._thread.start()
 
@@ -75,6 +77,7 @@ class Worker:
         ``crowd``: others like it may follow at once, as a client asks for all the prompts of a batch, and are cheaper together."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
+        came = time.monotonic() if crowd else 0.0
         asked: list[Future[T]] = []
 
         def do() -> None:
@@ -86,7 +89,7 @@ class Worker:
                 loop.call_soon_threadsafe(_set_error, answer, error)
                 return
             asked.append(future)
-            self._crowd |= crowd
+            self._crowd = max(self._crowd, came)
             self._open[engine].add(future)
             future.add_done_callback(done)
 
@@ -121,9 +124,8 @@ class Worker:
             if idle:
                 self._awake.wait()
             self.turned = time.monotonic()
-            self._crowd = False
             self._take_in()
-            while idle and self._crowd and time.monotonic() < self.turned + LONGEST and self._awake.wait(PAUSE):
+            while idle and (left := min(self._crowd + PAUSE, self.turned + LONGEST) - time.monotonic()) > 0 and self._awake.wait(left):
                 self._take_in()
             for engine in self.engines:
                 if self._open[engine]:

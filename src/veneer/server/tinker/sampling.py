@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 from contextlib import AsyncExitStack
@@ -66,16 +67,15 @@ class Sampling:
         seq = body.sampling_session_seq_id
         sampler_id = f"{session}:sample:{f'op-{promise.target}-{promise.seq}' if seq is None else seq}"
         sampler = SamplerRow(sampler_id, session, run.owner, run.base, body.kind, None, run.id, digest, str(folder), time.time())
+        self.bases.find(run.base).shelf.bring(digest, checkpoint, lambda: _read(str(folder), digest))
         followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == body.kind == "inflight"]
-        for follower in followers:
-            follower.digest, follower.folder = digest, str(folder)
-        written = self.journal.write(*(put(row) for row in [*followers, sampler]))  # a row without its folder is written anew
+        moved = [dataclasses.replace(follower, digest=digest, folder=str(folder)) for follower in followers]
+        written = self.journal.write(*(put(row) for row in [*moved, sampler]))  # a row without its folder is written anew
         if folder.is_dir():
             await written
         else:
             await asyncio.gather(written, asyncio.to_thread(write_adapter, folder, checkpoint, {}, durable=False))
-        self.bases.find(run.base).shelf.bring(digest, lambda: _read(str(folder), digest))
-        self.samplers[sampler_id] = sampler
+        self.samplers |= {row.id: row for row in [*moved, sampler]}
         return sampler_id
 
     async def completions(self, sampler: SamplerRow, body: requests.RetrieveFutures, hold: float) -> dict[str, Any]:
