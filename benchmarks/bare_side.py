@@ -1,5 +1,5 @@
 """The same step as tinker_side.py by the same requests, from a client that does no more than send and read them: what the server adds
-without what the SDK does. Takes its request as JSON and prints the same."""
+without what the SDK does. Takes its request as JSON, and turns."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from turns import Turns
 from veneer.server.tinker import wire
 
 
@@ -62,18 +63,16 @@ def datum(message: Any, prompt: list[int], sequence: Any, sign: int) -> None:
         tensor.shape[:] = array.shape
 
 
-async def steps(request: dict[str, Any]) -> dict[str, Any]:
+async def steps(request: dict[str, Any]) -> None:
     host, _, port = request["url"].removeprefix("http://").partition(":")
     first, *others = (Connection(host, int(port)) for _ in request["prompts"])
     session = json.loads((await first.post("/create_session", b"{}"))[1])["session_id"]
     lora = {"rank": request["rank"], "seed": 1}
     body = {"session_id": session, "model_seq_id": 0, "base_model": "nano", "lora_config": lora}
     run = json.loads(await first.call("/create_model", body))["model_id"]
-    seconds: list[list[float]] = []
-    processor: list[float] = []
-    sequence = 0
-    for step in range(request["steps"]):
-        clock, used = [time.perf_counter()], time.process_time()
+    turns, sequence = Turns(request), 0
+    for step in turns:
+        clock = [time.perf_counter()]
         sequence += 1
         saved = await first.call("/save_weights_for_sampler", {"model_id": run, "seq_id": sequence, "sampling_session_seq_id": step})
         sampler = json.loads(saved)["sampling_session_id"]
@@ -101,9 +100,7 @@ async def steps(request: dict[str, Any]) -> dict[str, Any]:
         clock.append(time.perf_counter())
         await stepped
         clock.append(time.perf_counter())
-        seconds.append(np.diff(clock).tolist())
-        processor.append(time.process_time() - used)
-    return {"seconds": seconds, "processor": processor}
+        turns.seconds.append(np.diff(clock).tolist())
 
 
-print(json.dumps(asyncio.run(steps(json.loads(sys.argv[-1])))))
+asyncio.run(steps(json.loads(sys.argv[-1])))

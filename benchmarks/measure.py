@@ -116,20 +116,24 @@ def in_worker(file: str, request: Json, *, python: str = sys.executable, limit: 
     Raises:
         WorkerFailed: it took more than ``limit`` seconds, or failed.
     """
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(request["threads"]),
-        "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     command = [python, file, "--worker", json.dumps(request)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_of(request), timeout=limit)
     except subprocess.TimeoutExpired:
         raise WorkerFailed(f"took more than {limit:.0f} s") from None
     if done.returncode:
         raise WorkerFailed(done.stderr.strip()[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment_of(request: Json) -> dict[str, str]:
+    """A worker's."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(request["threads"]),
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def say(text: str) -> None:

@@ -1,5 +1,4 @@
-"""The SDK's half of http_step.py, run in its own venv. Takes its request as JSON and prints the seconds of each part of each step, and
-the processor time of this process."""
+"""The SDK's half of http_step.py, run in its own venv. Takes its request as JSON, and turns."""
 
 from __future__ import annotations
 
@@ -14,16 +13,17 @@ import numpy as np
 import tinker
 from tinker import types
 
+from turns import Turns
+
 warnings.simplefilter("ignore")  # some methods are to be called otherwise in later versions
 
 
-async def steps(request: dict[str, Any]) -> dict[str, Any]:
+async def steps(request: dict[str, Any]) -> None:
     service = tinker.ServiceClient(base_url=request["url"], api_key="tml-benchmark")
     training: Any = await service.create_lora_training_client_async(base_model="nano", rank=request["rank"], seed=1)
-    seconds: list[list[float]] = []
-    processor: list[float] = []
-    for step in range(request["steps"]):
-        clock, used = [time.perf_counter()], time.process_time()
+    turns = Turns(request)
+    for step in turns:
+        clock = [time.perf_counter()]
         sampler = await training.save_weights_and_get_sampling_client_async()
         clock.append(time.perf_counter())
         params = types.SamplingParams(max_tokens=request["tokens"], temperature=1.0, seed=step, stop=[])
@@ -49,9 +49,7 @@ async def steps(request: dict[str, Any]) -> dict[str, Any]:
         clock.append(time.perf_counter())
         await stepped
         clock.append(time.perf_counter())
-        seconds.append(np.diff(clock).tolist())
-        processor.append(time.process_time() - used)
-    return {"seconds": seconds, "processor": processor}
+        turns.seconds.append(np.diff(clock).tolist())
 
 
-print(json.dumps(asyncio.run(steps(json.loads(sys.argv[-1])))))
+asyncio.run(steps(json.loads(sys.argv[-1])))

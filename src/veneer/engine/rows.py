@@ -20,7 +20,7 @@ AT_ONCE = {"cpu": 2**16, "cuda": 2**28}
 more."""
 ALIGNED = 16
 """Every adapter begins at a multiple of this many numbers: where a matrix lies in memory may decide how a library sums."""
-BEHIND = 2**23
+BEHIND = 2**25
 """Numbers that a line on a CPU may grow by in its place. A server takes in an adapter a training step, and to copy all others took longer
 than the load itself."""
 
