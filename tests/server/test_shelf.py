@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -188,9 +189,11 @@ def test_what_was_brought_is_there_and_proven_when_asked_for() -> None:
     on_a_shelf(work)
 
 
-def test_a_crowd_is_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompts of one batch arrive one after the other; read apart they would cost several times as much."""
-    monkeypatch.setattr(working, "PAUSE", 0.2)
+@pytest.mark.parametrize("held", [False, True])
+def test_a_crowd_is_drawn_together(monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    """The prompts of one batch arrive one after the other; read apart they would cost several times as much. ``held``: the event loop is
+    kept from them for a while, as by other threads that want the interpreter."""
+    monkeypatch.setattr(working, "PAUSE", 0.02 if held else 0.2)
     monkeypatch.setattr(working, "LONGEST", 5.0)
 
     async def work(shelf: Shelf, made: list[Checkpoint]) -> None:
@@ -205,8 +208,26 @@ def test_a_crowd_is_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
         for _ in range(4):
             asked.append(shelf.worker.ask(engine, lambda: engine.sample(PROMPT, None, SamplingParams(max_tokens=2)), crowd=True))
-            await asyncio.sleep(0.02)
+            if held:
+                time.sleep(0.05)
+                for _ in range(4):
+                    await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(0.02)
         await asyncio.gather(*asked)
         assert max(together) == 4
+
+    on_a_shelf(work, count=1)
+
+
+def test_a_crowd_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that ask one after the other keep nobody waiting for longer than ``LONGEST``."""
+    monkeypatch.setattr(working, "PAUSE", 5.0)
+    monkeypatch.setattr(working, "LONGEST", 0.1)
+
+    async def work(shelf: Shelf, made: list[Checkpoint]) -> None:
+        engine, began = shelf.engine, time.monotonic()
+        await shelf.worker.ask(engine, lambda: engine.sample(PROMPT, None, SamplingParams(max_tokens=2)), crowd=True)
+        assert 0.1 <= time.monotonic() - began < 4.0
 
     on_a_shelf(work, count=1)

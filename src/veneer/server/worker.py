@@ -14,8 +14,10 @@ from veneer.types import Engine, Future, RunError
 
 T = TypeVar("T")
 LOG = logging.getLogger("veneer.server")
-PAUSE, LONGEST = 0.002, 0.01
+PAUSE, LONGEST = 0.002, 0.05
 """Seconds within which another request of a crowd comes, if any does, and for which an engine that has nothing to do waits at most."""
+TURNS = 8
+"""Of the event loop after that, which may have been kept from what came: from a socket to ``Worker.ask`` a request takes some."""
 LAST_STEP = 30.0
 """Seconds that a step may take when the server ends."""
 
@@ -33,9 +35,8 @@ class Worker:
         self._calls: deque[Callable[[], None]] = deque()
         self._awake = threading.Event()
         self._open: dict[Engine, set[Future[object]]] = {engine: set() for engine in engines}
-        self._stopping = False
-        self._crowd = 0.0
-        """When the newest request of a crowd was asked for."""
+        self._stopping = self._crowd = False
+        self._end_of_crowd: asyncio.Handle | None = None
         self._thread = threading.Thread(target=self._work, name="veneer-engines", daemon=True)
         self._thread.start()
 
@@ -77,8 +78,9 @@ class Worker:
         ``crowd``: others like it may follow at once, as a client asks for all the prompts of a batch, and are cheaper together."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        came = time.monotonic() if crowd else 0.0
         asked: list[Future[T]] = []
+        if crowd:
+            self._expect_more(loop)
 
         def do() -> None:
             if answer.cancelled():
@@ -89,7 +91,6 @@ class Worker:
                 loop.call_soon_threadsafe(_set_error, answer, error)
                 return
             asked.append(future)
-            self._crowd = max(self._crowd, came)
             self._open[engine].add(future)
             future.add_done_callback(done)
 
@@ -112,6 +113,19 @@ class Worker:
         self._post(do)
         return answer
 
+    def _expect_more(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._crowd = True
+        if self._end_of_crowd is not None:
+            self._end_of_crowd.cancel()
+        self._end_of_crowd = loop.call_later(PAUSE, self._look_again, loop, TURNS)
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop, turns: int) -> None:
+        if turns:
+            self._end_of_crowd = loop.call_soon(self._look_again, loop, turns - 1)
+        else:
+            self._crowd, self._end_of_crowd = False, None
+            self._awake.set()
+
     def _post(self, call: Callable[[], None]) -> None:
         self._calls.append(call)
         self._awake.set()
@@ -125,7 +139,7 @@ class Worker:
                 self._awake.wait()
             self.turned = time.monotonic()
             self._take_in()
-            while idle and (left := min(self._crowd + PAUSE, self.turned + LONGEST) - time.monotonic()) > 0 and self._awake.wait(left):
+            while idle and self._crowd and (left := self.turned + LONGEST - time.monotonic()) > 0 and self._awake.wait(left):
                 self._take_in()
             for engine in self.engines:
                 if self._open[engine]:
