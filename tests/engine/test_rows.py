@@ -49,6 +49,7 @@ def test_a_line_that_grows_within_its_room_stays_where_it_is() -> None:
     for _ in range(50):
         assert not line.tensor[(at := line.take(1600)) : at + 1600].any()
     assert line.tensor.data_ptr() == where
+    assert line.tensor.untyped_storage().nbytes() == line.tensor.nbytes, "what counts memory counts the line, not its room"
     line.take(BEHIND)
     assert line.tensor.data_ptr() != where
     assert line.tensor.data_ptr() % 64 == 0

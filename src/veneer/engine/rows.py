@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.types import AdamParams, DivergedError
@@ -29,8 +30,9 @@ class Line:
     """One tensor that pieces of any length are taken from and given back to."""
 
     def __init__(self, device: torch.device) -> None:
-        self._room = self.tensor = torch.zeros(0, device=device)
-        """What the line may grow into where it is; it begins there."""
+        self.tensor = torch.zeros(0, device=device)
+        self._room = np.zeros(0, np.float32)
+        """On a CPU: what the line may grow into where it is; it begins there."""
         self._gaps: list[tuple[int, int]] = []
         """(begin, end) of what is free, in order, no two of which touch."""
 
@@ -60,20 +62,22 @@ class Line:
         old, length = self.tensor, len(self.tensor)
         tail = length - self._gaps[-1][0] if self._gaps and self._gaps[-1][1] == length else 0
         new = max(length + size - tail, length + length // 2 // ALIGNED * ALIGNED)
-        if new > len(self._room):
-            self._room = _zeros(new, old.device)
-            self._room[:length] = old
-        self.tensor = self._room[:new]
+        if old.device.type != "cpu":
+            self.tensor = torch.zeros(new, device=old.device)
+            self.tensor[:length] = old
+        else:
+            if new > len(self._room):
+                self._room = _zeros(new + BEHIND)
+                self._room[:length] = old.numpy()
+            self.tensor = torch.from_numpy(self._room[:new])  # whose storage is no larger than the line
         self.give(length, new - length)
 
 
-def _zeros(size: int, device: torch.device) -> Tensor:
-    """At least ``size`` numbers. On a CPU more: of memory that nobody has written to the system has none yet."""
-    if device.type != "cpu":
-        return torch.zeros(size, device=device)
-    raw = np.zeros(size + BEHIND + ALIGNED, np.float32)
+def _zeros(size: int) -> NDArray[np.float32]:
+    """Memory that nobody has written to yet, so that the system has given out none."""
+    raw = np.zeros(size + ALIGNED, np.float32)
     skipped = -raw.ctypes.data % (4 * ALIGNED) // 4
-    return torch.from_numpy(raw[skipped : skipped + size + BEHIND])
+    return raw[skipped : skipped + size]
 
 
 @dataclass
