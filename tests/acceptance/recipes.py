@@ -97,7 +97,7 @@ def rl_loop(stage: Stage) -> Figures:
     folder = stage.folder / "rl-loop"
     folder.mkdir()
     (folder / "checkpoints.jsonl").write_text(json.dumps(start) + "\n")
-    settings = {"batch_size": 8, "group_size": 8, "max_tokens": 32, "learning_rate": 1e-3, "max_steps": 14, "save_every": 5}
+    settings = {"batch_size": 8, "group_size": 8, "max_tokens": 32, "learning_rate": 4e-4, "max_steps": 14, "save_every": 5}
     rewards = column(run(stage, "rl_loop", "rl_loop", "rl-loop", model_name=BASE_MODEL, **settings), "reward/total")
     assert len(rewards) == 14, f"{len(rewards)} steps"
     assert mean(rewards[-4:]) > mean(rewards[:2]) + 0.1, f"the reward does not rise: {rewards}"
