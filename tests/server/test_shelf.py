@@ -160,9 +160,8 @@ def test_what_was_brought_is_there_and_proven_when_asked_for() -> None:
             return made[0]
 
         shelf.prove = prove
-        shelf.bring(digest(made[0]), made[0], read)
-        while not shelf.size:
-            await asyncio.sleep(0.01)
+        await shelf.bring(digest(made[0]), made[0], read)
+        assert shelf.size == size(made[0])
         assert not proofs
         assert not reads
         for _ in range(2):
@@ -173,16 +172,15 @@ def test_what_was_brought_is_there_and_proven_when_asked_for() -> None:
         def broken() -> Checkpoint:
             raise AdapterError("the folder is damaged")
 
-        shelf.bring(digest(made[1]), made[1], broken)
+        await shelf.bring(digest(made[1]), made[1], broken)
         for _ in range(2):
             with pytest.raises(AdapterError, match="the folder is damaged"):
                 await shelf.hold(digest(made[1]), broken).__aenter__()
             assert digest(made[1]) not in shelf
 
         other = dataclasses.replace(made[2], adapter=dataclasses.replace(made[2].adapter, base_digest="0" * 64))
-        shelf.bring(digest(other), other, lambda: other)
-        while digest(other) in shelf:
-            await asyncio.sleep(0.01)
+        await shelf.bring(digest(other), other, lambda: other)
+        assert digest(other) not in shelf
         with pytest.raises(AdapterError, match="was made for base"):
             await shelf.hold(digest(other), lambda: other).__aenter__()
 

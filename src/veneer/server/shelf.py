@@ -90,13 +90,15 @@ class Shelf:
             place.users -= 1
             self._make_room()
 
-    def bring(self, digest: str, checkpoint: Checkpoint, read: Callable[[], Checkpoint]) -> None:
+    async def bring(self, digest: str, checkpoint: Checkpoint, read: Callable[[], Checkpoint]) -> None:
         """Load an adapter that is in memory, and that somebody will ask for soon; ``read`` is for then, when what is stored must be sound
         too. If that fails it is not there, and whoever asks for it is told why."""
-        if digest in self._places:
-            self._places.move_to_end(digest)
-        else:
-            self._begin(digest, read, checkpoint).loaded.add_done_callback(lambda _: self._make_room())
+        place = self._places.get(digest)
+        if place is None:
+            place = self._begin(digest, read, checkpoint)
+            place.loaded.add_done_callback(lambda _: self._make_room())
+        self._places.move_to_end(digest)
+        await asyncio.wait([place.loaded])
 
     def _begin(self, digest: str, read: Callable[[], Checkpoint], known: Checkpoint | None = None) -> _Place:
         async def loading() -> None:
@@ -120,13 +122,11 @@ class Shelf:
         await asyncio.shield(place.loaded)
         checkpoint, place.checkpoint = place.checkpoint, None
         unread, place.unread = place.unread, None
-        proofs: list[Awaitable[object]] = []
-        if self.prove is not None and checkpoint is not None:
-            proofs.append(self.prove(digest, checkpoint))
-        if unread is not None:
-            proofs.append(asyncio.to_thread(unread))
         try:
-            await asyncio.gather(*proofs)
+            if self.prove is not None and checkpoint is not None:
+                await self.prove(digest, checkpoint)
+            if unread is not None:  # not beside: it would keep the interpreter from the requests that the adapter was loaded for
+                await asyncio.to_thread(unread)
         except BaseException:
             if self._places.get(digest) is place:
                 self._remove(digest)

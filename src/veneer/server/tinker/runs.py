@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from veneer.server.tinker.sampling import Sampling
 
 LOG = logging.getLogger("veneer.server")
-STATE_SHARE = 0.02
+STATE_SHARE = 0.01
 """Of a run's time at most this much goes into saving its state; what lies between two states is repeated after a restart."""
 
 ROW_BYTES = 5 * 4

@@ -67,7 +67,8 @@ class Sampling:
         seq = body.sampling_session_seq_id
         sampler_id = f"{session}:sample:{f'op-{promise.target}-{promise.seq}' if seq is None else seq}"
         sampler = SamplerRow(sampler_id, session, run.owner, run.base, body.kind, None, run.id, digest, str(folder), time.time())
-        self.bases.find(run.base).shelf.bring(digest, checkpoint, lambda: _read(str(folder), digest))
+        # before it is written, as each keeps the interpreter from the other, and for a sample it must be loaded
+        await self.bases.find(run.base).shelf.bring(digest, checkpoint, lambda: _read(str(folder), digest))
         followers = [s for s in self.samplers.values() if s.run_id == run.id and s.kind == body.kind == "inflight"]
         moved = [dataclasses.replace(follower, digest=digest, folder=str(folder)) for follower in followers]
         written = self.journal.write(*(put(row) for row in [*moved, sampler]))  # a row without its folder is written anew
